@@ -1,0 +1,64 @@
+"""The decoder layer that most families share: its table and its metadata keys."""
+
+from __future__ import annotations
+
+from llmcompress.converters.architecture import Config, Rule, optional_keys, to
+from llmcompress.converters.rope import rope_keys
+from llmcompress.gguf.value import Metadata, f32, u32
+
+EMBEDDING: dict[str, Rule | None] = {
+    "embed_tokens": to("token_embd"),
+    "norm": to("output_norm"),
+    "lm_head": to("output"),
+    "layers.{i}.self_attn.rotary_emb.inv_freq": None,  # a buffer that old releases saved
+}
+ATTENTION: dict[str, Rule | None] = {
+    "layers.{i}.input_layernorm": to("blk.{i}.attn_norm"),
+    "layers.{i}.self_attn.q_proj": to("blk.{i}.attn_q"),
+    "layers.{i}.self_attn.k_proj": to("blk.{i}.attn_k"),
+    "layers.{i}.self_attn.v_proj": to("blk.{i}.attn_v"),
+    "layers.{i}.self_attn.o_proj": to("blk.{i}.attn_output"),
+}
+QK_NORM: dict[str, Rule | None] = {
+    "layers.{i}.self_attn.q_norm": to("blk.{i}.attn_q_norm"),
+    "layers.{i}.self_attn.k_norm": to("blk.{i}.attn_k_norm"),
+}
+MLP: dict[str, Rule | None] = {
+    "layers.{i}.post_attention_layernorm": to("blk.{i}.ffn_norm"),
+    "layers.{i}.mlp.gate_proj": to("blk.{i}.ffn_gate"),
+    "layers.{i}.mlp.up_proj": to("blk.{i}.ffn_up"),
+    "layers.{i}.mlp.down_proj": to("blk.{i}.ffn_down"),
+}
+FUSED_EXPERTS: dict[str, Rule | None] = {  # the 3-D parameters of transformers 5
+    "layers.{i}.mlp.gate": to("blk.{i}.ffn_gate_inp"),
+    "layers.{i}.mlp.experts.gate_up_proj": to("blk.{i}.ffn_gate_exps", "blk.{i}.ffn_up_exps"),
+    "layers.{i}.mlp.experts.down_proj": to("blk.{i}.ffn_down_exps"),
+}
+EXPERTS = frozenset({"blk.{i}.ffn_gate_inp", "blk.{i}.ffn_gate_exps", "blk.{i}.ffn_up_exps", "blk.{i}.ffn_down_exps"})
+
+
+def decoder_keys(config: Config) -> Metadata:
+    """What llama.cpp reads of every decoder, each value under any of the names it goes by."""
+    experts = config.get("num_local_experts", "num_experts")
+    used = config.get("num_experts_per_tok")
+    rms = config.get("rms_norm_eps")
+    layer_norm = config.get("layer_norm_epsilon", "layer_norm_eps")
+    return optional_keys({
+        "vocab_size": u32(config.need("vocab_size")),
+        "context_length": u32(config.need("max_position_embeddings", "n_positions", "n_ctx")),
+        "embedding_length": u32(config.need("hidden_size", "n_embd")),
+        "block_count": u32(config.need("num_hidden_layers", "n_layer")),
+        "feed_forward_length": u32(config.get("intermediate_size", "n_inner", default=4 * config.get("n_embd", default=0))),
+        "attention.head_count": u32(config.heads),
+        "attention.head_count_kv": u32(config.kv_heads),
+        "attention.layer_norm_rms_epsilon": None if rms is None else f32(rms),
+        "attention.layer_norm_epsilon": None if layer_norm is None else f32(layer_norm),
+        "attention.key_length": u32(config.head_dim),
+        "attention.value_length": u32(config.head_dim),
+        "expert_count": None if experts is None else u32(experts),
+        "expert_used_count": None if used is None else u32(used),
+    })  # fmt: skip
+
+
+def rotary_decoder_keys(config: Config) -> Metadata:
+    return decoder_keys(config) | rope_keys(config)

@@ -1,0 +1,29 @@
+"""Every architecture there is a table for."""
+
+from __future__ import annotations
+
+from llmcompress.converters.architecture import Architecture, Config
+from llmcompress.converters.gemma import GEMMA2, GEMMA3
+from llmcompress.converters.gpt2 import GPT2
+from llmcompress.converters.llama import LLAMA
+from llmcompress.converters.mixtral import MIXTRAL
+from llmcompress.converters.phi import PHI3
+from llmcompress.converters.qwen import QWEN2, QWEN3, QWEN3_MOE
+from llmcompress.errors import PlanError, nearest
+
+ARCHITECTURES: tuple[Architecture, ...] = (LLAMA, MIXTRAL, QWEN2, QWEN3, QWEN3_MOE, GEMMA2, GEMMA3, PHI3, GPT2)
+CLASSES: dict[str, Architecture] = {name: family for family in ARCHITECTURES for name in family.classes}
+
+
+def find_architecture(config: Config) -> Architecture:
+    """The table for a config's class. Raises PlanError naming the nearest class there is one for."""
+    classes = config.get("architectures", default=[])
+    if not isinstance(classes, list) or not classes:
+        raise PlanError("config.json: architectures is missing, so the model's class is unknown")
+    for name in classes:
+        if name in CLASSES:
+            return CLASSES[name]
+    raise PlanError(
+        f"config.json: no table for {' or '.join(map(str, classes))}{nearest(str(classes[0]), CLASSES)} "
+        f"(known: {', '.join(CLASSES)})"
+    )

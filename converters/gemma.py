@@ -1,0 +1,76 @@
+"""Gemma 2 and Gemma 3 (text)."""
+
+from __future__ import annotations
+
+from llmcompress.converters.architecture import Architecture, Config, optional_keys, plus_one, to
+from llmcompress.converters.decoder import ATTENTION, EMBEDDING, MLP, rotary_decoder_keys
+from llmcompress.converters.rope import rope_notes, rope_parameters
+from llmcompress.errors import PlanError
+from llmcompress.gguf.value import Metadata, f32, u32
+
+GEMMA_TENSORS = EMBEDDING | ATTENTION | MLP | {
+    "norm": to("output_norm", operation=plus_one),
+    "layers.{i}.input_layernorm": to("blk.{i}.attn_norm", operation=plus_one),
+    "layers.{i}.post_attention_layernorm": to("blk.{i}.post_attention_norm", operation=plus_one),
+    "layers.{i}.pre_feedforward_layernorm": to("blk.{i}.ffn_norm", operation=plus_one),
+    "layers.{i}.post_feedforward_layernorm": to("blk.{i}.post_ffw_norm", operation=plus_one),
+}  # fmt: skip
+
+
+def gemma_keys(config: Config) -> Metadata:
+    final, attention = config.get("final_logit_softcapping"), config.get("attn_logit_softcapping")
+    return rotary_decoder_keys(config) | optional_keys({
+        "attention.sliding_window": u32(config.need("sliding_window")),
+        "final_logit_softcapping": None if final is None else f32(final),
+        "attn_logit_softcapping": None if attention is None else f32(attention),
+    })  # fmt: skip
+
+
+def gemma3_keys(config: Config) -> Metadata:
+    local = rope_parameters(config, "sliding_attention")["rope_theta"] if config.get("rope_parameters") else (
+        config.get("rope_local_base_freq", default=10000.0))  # fmt: skip
+    return gemma_keys(config) | {"rope.freq_base_swa": f32(local)}
+
+
+def _check_attention(config: Config, largest_layers: int, pattern: int) -> list[str]:
+    """llama.cpp derives the query's scale and the order of layers itself: they must be the model's."""
+    scalar = config.get("query_pre_attn_scalar", default=256)
+    largest = config.need("num_hidden_layers") == largest_layers
+    derived = config.need("hidden_size") // config.heads if largest else config.head_dim
+    if scalar != derived:
+        raise PlanError(f"config.json: query_pre_attn_scalar is {scalar}, llama.cpp would compute with {derived}")
+    written = config.get("sliding_window_pattern", "_sliding_window_pattern", default=pattern)
+    if written != pattern:
+        raise PlanError(f"config.json: every {written}th layer sees all tokens, in llama.cpp every {pattern}th would")
+    for layer, kind in enumerate(config.get("layer_types", default=())):
+        expected = "full_attention" if (layer + 1) % pattern == 0 else "sliding_attention"
+        if kind != expected:
+            raise PlanError(f"config.json: layer {layer} is {kind}, llama.cpp would compute {expected}")
+    return rope_notes(config)
+
+
+GEMMA2 = Architecture(
+    name="gemma2",
+    classes=("Gemma2ForCausalLM",),
+    prefix="model.",
+    tensors=GEMMA_TENSORS,
+    keys=gemma_keys,
+    assumes={"hidden_activation": ("gelu_pytorch_tanh",)},
+    check=lambda config: _check_attention(config, largest_layers=46, pattern=2),
+    tied=True,
+)
+
+GEMMA3 = Architecture(
+    name="gemma3",
+    classes=("Gemma3ForCausalLM",),
+    prefix="model.",
+    tensors=GEMMA_TENSORS | {
+        "layers.{i}.self_attn.q_norm": to("blk.{i}.attn_q_norm", operation=plus_one),
+        "layers.{i}.self_attn.k_norm": to("blk.{i}.attn_k_norm", operation=plus_one),
+    },
+    keys=gemma3_keys,
+    assumes={"hidden_activation": ("gelu_pytorch_tanh",)},
+    check=lambda config: _check_attention(config, largest_layers=62, pattern=6),
+    tied=True,
+    tokens_decide_rows=True,
+)  # fmt: skip

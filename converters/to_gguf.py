@@ -1,0 +1,56 @@
+"""The main job: a Hugging Face checkpoint to GGUF files of any types, in one pass."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from llmcompress.checkpoint import Checkpoint
+from llmcompress.converters.architecture import Architecture, Config, steps_of
+from llmcompress.converters.families import find_architecture
+from llmcompress.converters.metadata import general_metadata
+from llmcompress.converters.tokenizer import read_vocabulary
+from llmcompress.filetypes import tensor_order
+from llmcompress.gguf.imatrix import read_imatrix
+from llmcompress.mix import ModelTraits
+from llmcompress.plan import Plan, make_plan
+from llmcompress.recipe import Recipe
+
+
+def plan_gguf(model: str | Path, out: str | Path, recipe: Recipe) -> Plan:
+    """What `recipe` will do to `model`, from its headers, config and tokenizer alone.
+
+    `out` is a file name, a template with `{name}` and `{type}`, or a folder. Raises LlmcompressError for all that
+    can be refused before a weight is read.
+    """
+    checkpoint = Checkpoint.open(model)
+    config = Config(checkpoint.config)
+    architecture = find_architecture(config)
+    notes = architecture.check_config(config)
+    vocabulary = read_vocabulary(
+        checkpoint.directory, checkpoint.config, pre=recipe.pre, pad=not architecture.tokens_decide_rows
+    )
+    steps, more_notes = steps_of(architecture, checkpoint, len(vocabulary.tokens))
+    by_name = {step.name: step for step in steps}
+    steps = [by_name[name] for name in tensor_order(list(by_name))]
+    general, card_notes = general_metadata(architecture.name, checkpoint, steps, recipe)
+    return make_plan(
+        checkpoint,
+        steps,
+        recipe,
+        out,
+        _traits(architecture, config, has_imatrix=recipe.imatrix is not None),
+        general | architecture.metadata(config) | vocabulary.metadata(),
+        read_imatrix(Path(recipe.imatrix)) if recipe.imatrix else None,
+        [*notes, *vocabulary.notes, *more_notes, *card_notes],
+    )
+
+
+def _traits(architecture: Architecture, config: Config, has_imatrix: bool) -> ModelTraits:
+    return ModelTraits(
+        architecture=architecture.name,
+        blocks=config.need("num_hidden_layers", "n_layer"),
+        heads=config.heads,
+        kv_heads=config.kv_heads,
+        experts=config.get("num_local_experts", "num_experts", default=0),
+        has_imatrix=has_imatrix,
+    )

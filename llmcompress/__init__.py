@@ -1,0 +1,39 @@
+"""llmcompress: the smallest artefact that still behaves like the model you gave it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from llmcompress.progress import Progress
+    from llmcompress.report import Result
+
+__version__ = "0.1.0"
+__all__ = ["quantize"]
+
+
+def quantize(
+    model: str | Path,
+    out: str | Path,
+    type: str | tuple[str, ...] | list[str] = "Q4_K_M",
+    *,
+    progress: Progress | None = None,
+    **options,
+) -> Result:
+    """Make GGUF files of a Hugging Face checkpoint, one for each type, in one read.
+
+    `model` is a directory or a hub id; `out` a file, a folder, or a template with `{name}` and `{type}`;
+    `type` one or several of llama.cpp's file types, or "auto". `options` are the other fields of
+    `llmcompress.recipe.Recipe`: tensor_types, imatrix, max_ram, verify ... Returns what was done to each
+    tensor. Raises `llmcompress.errors.LlmcompressError`.
+    """
+    from llmcompress.converters.to_gguf import plan_gguf
+    from llmcompress.recipe import parse_recipe
+    from llmcompress.run import run
+
+    recipe = parse_recipe({"types": type} | options, label="quantize(): {}".format)
+    plan = plan_gguf(model, out, recipe)
+    with plan.checkpoint:
+        return run(plan, progress)

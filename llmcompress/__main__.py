@@ -1,0 +1,3 @@
+from llmcompress.cli import main
+
+main()

@@ -1,0 +1,162 @@
+"""The program. Commands import what they need when they are called, so that --help answers at once."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import sys
+from collections.abc import Callable
+from typing import Annotated, Any, Optional
+
+import typer
+
+from llmcompress import __version__
+from llmcompress.errors import LlmcompressError, RecipeError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    help="Hugging Face language models to GGUF, quantized in one pass with bounded memory.",
+)
+
+CONVERT_TYPES = ("auto", "F32", "F16", "BF16", "Q8_0")
+
+Model = Annotated[str, typer.Argument(help="A model directory, or a hub id such as org/name or org/name@revision.")]
+Out = Annotated[str, typer.Option("-o", "--output", help="A file, a folder, or a template with {name} and {type}.")]
+Types = Annotated[Optional[list[str]], typer.Option("--type", "-t", help="File type such as Q4_K_M; repeat for several files from one read.")]
+TensorTypes = Annotated[Optional[list[str]], typer.Option("--tensor-type", metavar="PATTERN=TYPE", help="Type of the tensors whose GGUF name the pattern is found in; the first match wins.")]
+OutputType = Annotated[Optional[str], typer.Option("--output-tensor-type", help="Type of output.weight.")]
+EmbeddingType = Annotated[Optional[str], typer.Option("--token-embedding-type", help="Type of token_embd.weight.")]
+Pure = Annotated[bool, typer.Option("--pure", help="One type for all tensors, no mix.")]
+LeaveOutput = Annotated[bool, typer.Option("--leave-output-tensor", help="Keep output.weight as the checkpoint has it.")]
+Imatrix = Annotated[Optional[str], typer.Option("--imatrix", help="Importance matrix: a GGUF or .dat by llama-imatrix.")]
+Pre = Annotated[Optional[str], typer.Option("--pre", help="Name of the pre-tokenizer, where it cannot be found.")]
+Name = Annotated[Optional[str], typer.Option("--name", help="The model's name in the file (general.name).")]
+Split = Annotated[Optional[str], typer.Option("--split-max-size", help="Write shards of at most this size, such as 4G.")]
+MaxRam = Annotated[Optional[str], typer.Option("--max-ram", help="Memory above the interpreter and its libraries.  [default: 512MiB]")]
+Threads = Annotated[Optional[int], typer.Option("--threads", help="Workers.  [default: the cores there are, and one]")]
+Verify = Annotated[Optional[str], typer.Option("--verify", help="Rows to decode and compare afterwards: off, sample or full.  [default: sample]")]
+RecipeFile = Annotated[Optional[str], typer.Option("--recipe", help="YAML file with any of these; flags go before it.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")]
+
+
+def reported(command: Callable) -> Callable:
+    """Errors of ours become one line and exit code 2, Ctrl-C exit code 130."""
+
+    @functools.wraps(command)
+    def wrapped(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except LlmcompressError as error:
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(2) from None
+        except KeyboardInterrupt:
+            typer.echo("stopped: the same command goes on from here", err=True)
+            raise typer.Exit(130) from None
+        except BrokenPipeError:  # the reader of our output, such as head, has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(0) from None
+
+    return wrapped
+
+
+def job(name: str, summary: str, types: tuple[str, ...], allowed: tuple[str, ...] = (), dry: bool = False) -> None:
+    """Register a command that makes GGUF files: they differ in default types and in whether they run."""
+
+    @app.command(name, help=summary)
+    @reported
+    def command(
+        model: Model, out: Out = "{name}-{type}.gguf", type: Types = None, tensor_type: TensorTypes = None,
+        output_tensor_type: OutputType = None, token_embedding_type: EmbeddingType = None, pure: Pure = False,
+        leave_output_tensor: LeaveOutput = False, imatrix: Imatrix = None, pre: Pre = None, model_name: Name = None,
+        split_max_size: Split = None, max_ram: MaxRam = None, threads: Threads = None, verify: Verify = None,
+        recipe: RecipeFile = None, as_json: AsJson = False, dry_run: DryRun = False,
+    ) -> None:  # fmt: skip
+        flags = {
+            "types": [part for given in type or () for part in given.split(",")], "tensor_types": _pairs(tensor_type),
+            "output_tensor_type": output_tensor_type, "token_embedding_type": token_embedding_type, "pure": pure,
+            "leave_output_tensor": leave_output_tensor, "imatrix": imatrix, "pre": pre, "name": model_name,
+            "split_max_size": split_max_size, "max_ram": max_ram, "threads": threads, "verify": verify,
+        }  # fmt: skip
+        merged = _recipe(recipe, {key: value for key, value in flags.items() if value}, types)
+        for given in merged.types:
+            if allowed and given.upper() not in (word.upper() for word in allowed):
+                raise RecipeError(f"--type {given}: {name} writes {', '.join(allowed)}; for {given} use quantize")
+        _carry_out(model, out, merged, as_json, dry or dry_run)
+
+
+def _recipe(path: str | None, flags: dict[str, Any], types: tuple[str, ...]):
+    from llmcompress.recipe import Recipe, parse_recipe, read_recipe
+
+    onto = read_recipe(path) if path else Recipe(types=types)
+    return parse_recipe(flags, onto, label=lambda key: "--" + key.removesuffix("s").replace("_", "-"))
+
+
+def _pairs(given: list[str] | None) -> list[tuple[str, str]]:
+    pairs = [tuple(text.rpartition("=")[::2]) for text in given or ()]
+    for text, (pattern, kind) in zip(given or (), pairs):
+        if not pattern or not kind:
+            raise RecipeError(f"--tensor-type {text}: write it as PATTERN=TYPE, such as ffn_down=Q6_K")
+    return pairs
+
+
+def _carry_out(model: str, out: str, recipe, as_json: bool, dry: bool) -> None:
+    from llmcompress import display
+    from llmcompress.converters.to_gguf import plan_gguf
+    from llmcompress.run import run
+
+    plan = plan_gguf(model, out, recipe)
+    if dry:
+        _print(display.plan_dict(plan)) if as_json else display.show_plan(plan)
+        return
+    progress = display.live_progress()
+    try:
+        with plan.checkpoint:
+            result = run(plan, progress)
+    finally:
+        progress.close()
+    _print(result.as_dict()) if as_json else display.show_result(result)
+
+
+def _print(data: dict[str, Any]) -> None:
+    typer.echo(json.dumps(data, indent=1, default=str))
+
+
+job("quantize", "Make quantized GGUF files of a model.", types=("Q4_K_M",))
+job("convert", "Make an unquantized (or Q8_0) GGUF file of a model.", types=("auto",), allowed=CONVERT_TYPES)
+job("plan", "Show what quantize would do: every tensor, its type and why, bytes, memory, disk.", types=("Q4_K_M",), dry=True)
+
+
+@app.command("inspect")
+@reported
+def inspect_command(
+    path: Annotated[str, typer.Argument(help="A GGUF or safetensors file, or a model directory.")],
+    tensors: Annotated[bool, typer.Option("--tensors/--no-tensors", help="List every tensor.")] = True,
+    as_json: AsJson = False,
+) -> None:
+    """Show a file's metadata, tensors and bits per weight."""
+    from llmcompress import display
+    from llmcompress.inspect import inspect
+
+    found = inspect(path)
+    _print(found.as_dict()) if as_json else display.show_inspection(found, tensors)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"llmcompress {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def options(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    """Options that come before a command."""
+
+
+def main() -> None:
+    app()

@@ -1,0 +1,203 @@
+"""What the command line shows: tables of plans and results, and progress on a terminal or in a log."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import Progress as RichProgress
+from rich.table import Table
+from rich.text import Text
+
+from llmcompress.inspect import Inspection
+from llmcompress.machine import free_disk
+from llmcompress.plan import Output, Plan
+from llmcompress.progress import Progress
+from llmcompress.report import FileReport, Result
+from llmcompress.sizes import format_size
+
+LOG_SECONDS = 10.0  # between two lines of a log
+
+LOG_WIDTH = 200  # of tables that go to a file or another program
+
+_out = Console(highlight=False)
+if not _out.is_terminal:
+    _out = Console(highlight=False, width=LOG_WIDTH)
+_err = Console(stderr=True, highlight=False)
+
+
+def live_progress() -> Progress:
+    """A bar on a terminal, lines elsewhere; both on standard error."""
+    return Bar() if _err.is_terminal else Log()
+
+
+class Bar(Progress):
+    """Bytes of the source, their rate and the time left."""
+
+    def __init__(self) -> None:
+        self._bar = RichProgress(
+            TextColumn("{task.description:8}"), BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn(),
+            TimeRemainingColumn(), console=_err,
+        )  # fmt: skip
+        self._task = None
+
+    def start(self, phase: str, total: int) -> None:
+        self._bar.start()
+        self._task = self._bar.add_task(phase, total=total)
+
+    def advance(self, count: int) -> None:
+        self._bar.advance(self._task, count)
+
+    def close(self) -> None:
+        self._bar.stop()
+
+
+class Log(Progress):
+    """A plain line every LOG_SECONDS and at the end of each phase."""
+
+    def __init__(self) -> None:
+        self._phase, self._total, self._done, self._began, self._last = "", 0, 0, 0.0, 0.0
+
+    def start(self, phase: str, total: int) -> None:
+        self._phase, self._total, self._done = phase, total, 0
+        self._began = self._last = time.monotonic()
+
+    def advance(self, count: int) -> None:
+        self._done += count
+        now = time.monotonic()
+        if now - self._last < LOG_SECONDS and self._done < self._total:
+            return
+        self._last = now
+        rate = self._done / max(now - self._began, 1e-6)
+        left = (self._total - self._done) / rate
+        line = f"{self._phase}: {format_size(self._done)} of {format_size(self._total)}, {format_size(rate)}/s"
+        _err.print(line + (f", {left:.0f} s left" if self._done < self._total else ""), soft_wrap=True)
+
+
+def show_plan(plan: Plan) -> None:
+    """Every tensor, its type in each output and the rule that decided it; then sizes, memory and disk."""
+    for output in plan.outputs:
+        table = _table("tensor", "shape", "from", "as", "bytes", "why")
+        for step, place in zip(plan.steps, output.placements):
+            source = step.dtype if step.pieces else "config"
+            how = "" if step.operation.name == "copy" else f" ({step.operation.name})"
+            table.add_row(step.name, _shape(step.shape), source + how, place.grid.name, f"{place.nbytes:,}", place.reason)
+        _out.print(table)
+        _out.print(_size_line(output.file_type.name, output.size, _bits(plan, output), _counts(output)))
+        for file in output.files:
+            _out.print(f"  to {file.path}" + (" (replaces the file there)" if file.path.exists() else ""), soft_wrap=True)
+    folder = plan.files[0].path.resolve().parent
+    while not folder.exists():
+        folder = folder.parent
+    needed = sum(file.size for file in plan.files)
+    _out.print(f"memory: {format_size(plan.ram)} of --max-ram {format_size(plan.recipe.max_ram)}, {plan.workers} workers")
+    _out.print(f"disk: {format_size(needed)} of {format_size(free_disk(folder))} free")
+    _show_notes(plan.notes)
+
+
+def plan_dict(plan: Plan) -> dict[str, Any]:
+    """The plan as plain data for JSON."""
+    return {
+        "name": plan.name,
+        "ram": plan.ram,
+        "workers": plan.workers,
+        "notes": list(plan.notes),
+        "outputs": [
+            {
+                "type": output.file_type.name,
+                "paths": [str(file.path) for file in output.files],
+                "nbytes": output.size,
+                "bits_per_weight": _bits(plan, output),
+                "tensors": [
+                    {
+                        "name": step.name, "shape": step.shape, "source": step.dtype, "operation": step.operation.name,
+                        "type": place.grid.name, "reason": place.reason, "nbytes": place.nbytes,
+                    }
+                    for step, place in zip(plan.steps, output.placements)
+                ],
+            }
+            for output in plan.outputs
+        ],
+    }  # fmt: skip
+
+
+def show_result(result: Result) -> None:
+    """Types, sizes, the worst tensors and where the files are."""
+    for output in result.outputs:
+        _out.print(_size_line(output.type, output.nbytes, output.bits_per_weight, output.type_counts))
+        _show_worst(output)
+        for path in output.paths:
+            _out.print(str(path), style="bold", soft_wrap=True)
+    _show_notes(result.notes)
+    _out.print(f"{'resumed, ' if result.resumed else ''}done in {result.seconds:.1f} s")
+
+
+def show_inspection(found: Inspection, tensors: bool = True) -> None:
+    """Metadata, tensors, totals of each type and bits per weight."""
+    metadata = _table("key", "type", "value")
+    for item in found.metadata:
+        more = f" ... ({item.length:,} in all)" if item.length is not None else ""
+        metadata.add_row(item.key, item.type, Text(f"{item.value}{more}".replace("\n", "\\n")))
+    _out.print(metadata)
+    if tensors:
+        table = _table("tensor", "shape", "type", "bytes")
+        for row in found.tensors:
+            table.add_row(row.name, _shape(row.shape), row.type, f"{row.nbytes:,}")
+        _out.print(table)
+    for total in found.types:
+        _out.print(f"{total.type:>8}: {total.tensors} tensors, {total.parameters:,} weights, {format_size(total.nbytes)}")
+    _out.print(
+        f"{found.kind} of {len(found.files)} files: {len(found.tensors)} tensors, {found.parameters:,} weights, "
+        f"{format_size(found.file_bytes)}, {found.bits_per_weight:.4f} bits per weight"
+    )
+    for warning in found.warnings:
+        _out.print(f"warning: {warning}", style="yellow")
+
+
+def _show_worst(output: FileReport) -> None:
+    worst = output.worst()
+    if not worst:
+        return
+    rows = "all rows" if all(t.rows_checked >= _rows(t.shape) for t in output.tensors) else "sampled rows"
+    listed = ", ".join(f"{tensor.name} {tensor.type} {tensor.relative_error:.2%}" for tensor in worst)
+    _out.print(f"largest relative errors ({rows}): {listed}", soft_wrap=True)
+
+
+def _show_notes(notes: Iterable[str]) -> None:
+    for note in notes:
+        _out.print(f"note: {note}", style="yellow", soft_wrap=True, markup=False)
+
+
+def _size_line(name: str, size: int, bits: float, counts: dict[str, int]) -> str:
+    listed = ", ".join(f"{count} {kind}" for kind, count in sorted(counts.items(), key=lambda item: -item[1]))
+    return f"{name}: {format_size(size)}, {bits:.4f} bits per weight; tensors: {listed}"
+
+
+def _counts(output: Output) -> dict[str, int]:
+    return dict(Counter(place.grid.name for place in output.placements))
+
+
+def _bits(plan: Plan, output: Output) -> float:
+    return 8 * sum(place.nbytes for place in output.placements) / plan.weights
+
+
+def _rows(shape: tuple[int, ...]) -> int:
+    total = 1
+    for size in shape[:-1]:
+        total *= size
+    return total
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return " x ".join(str(size) for size in shape)
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        table.add_column(column, justify="right" if column == "bytes" else "left", overflow="fold")
+    return table

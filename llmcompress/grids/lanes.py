@@ -1,0 +1,306 @@
+"""Sixteen float32 values in one variable, for Numba kernels.
+
+A number format is searched block by block, and blocks are many and alike: the kernels lay sixteen blocks
+side by side, one in each lane, and run the same scalar algorithm on all of them. A lane never
+sees its neighbours, so results depend neither on the vector width of the CPU nor on how rows are cut into
+slabs; and since LLVM is given vectors to begin with (and makes two AVX2 or four NEON registers of
+one where it must), nothing depends on its auto-vectoriser. Nothing here is compiled with fast-math.
+
+In a kernel, `+ - * /`, `<`, `>` and unary minus work on lanes, and on lanes with numbers. Arrays
+of lanes are float32 arrays `(n, 16)`, read and written with `load` and `store`.
+"""
+
+from __future__ import annotations
+
+import operator
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.core.typing.templates import ConcreteTemplate, infer_global, signature
+from numba.extending import intrinsic, lower_builtin, models, register_model
+
+WIDTH = 16
+
+_FLOATS = ir.VectorType(ir.FloatType(), WIDTH)
+_INTS = ir.VectorType(ir.IntType(32), WIDTH)
+_BITS = ir.VectorType(ir.IntType(1), WIDTH)
+
+
+class _Lanes(types.Type):
+    def __init__(self) -> None:
+        super().__init__("float32x16")
+
+
+class _Mask(types.Type):
+    def __init__(self) -> None:
+        super().__init__("mask16")
+
+
+LANES, MASK = _Lanes(), _Mask()
+
+
+@register_model(_Lanes)
+class _LanesModel(models.PrimitiveModel):
+    def __init__(self, manager, lanes_type):
+        super().__init__(manager, lanes_type, _FLOATS)
+
+
+@register_model(_Mask)
+class _MaskModel(models.PrimitiveModel):
+    def __init__(self, manager, mask_type):
+        super().__init__(manager, mask_type, _BITS)
+
+
+def _constant(vector: ir.VectorType, value: float) -> ir.Constant:
+    return ir.Constant(vector, [value] * WIDTH)
+
+
+def _broadcast(builder, scalar, vector=_FLOATS):
+    one = builder.insert_element(ir.Constant(vector, ir.Undefined), scalar, ir.Constant(ir.IntType(32), 0))
+    return builder.shuffle_vector(one, one, ir.Constant(ir.VectorType(ir.IntType(32), WIDTH), [0] * WIDTH))
+
+
+def _as_lanes(context, builder, value, value_type):
+    """`value` as a vector; a number is rounded to float32 and repeated."""
+    if isinstance(value_type, _Lanes):
+        return value
+    return _broadcast(builder, context.cast(builder, value, value_type, types.float32))
+
+
+def _define_operator(operation, result, build) -> None:
+    pairs = [(LANES, LANES), (LANES, types.float64), (types.float64, LANES)]
+
+    @infer_global(operation)
+    class _(ConcreteTemplate):
+        cases = [signature(result, *pair) for pair in pairs]
+
+    def lower(context, builder, sig, args):
+        left, right = (_as_lanes(context, builder, *pair) for pair in zip(args, sig.args))
+        return build(builder, left, right)
+
+    for pair in pairs:
+        lower_builtin(operation, *pair)(lower)
+
+
+_define_operator(operator.add, LANES, ir.IRBuilder.fadd)
+_define_operator(operator.sub, LANES, ir.IRBuilder.fsub)
+_define_operator(operator.mul, LANES, ir.IRBuilder.fmul)
+_define_operator(operator.truediv, LANES, ir.IRBuilder.fdiv)
+_define_operator(operator.lt, MASK, lambda builder, a, b: builder.fcmp_ordered("<", a, b))
+_define_operator(operator.gt, MASK, lambda builder, a, b: builder.fcmp_ordered(">", a, b))
+
+
+@infer_global(operator.neg)
+class _Negation(ConcreteTemplate):
+    cases = [signature(LANES, LANES)]
+
+
+@lower_builtin(operator.neg, LANES)
+def _negate(context, builder, sig, args):
+    return builder.fneg(args[0])
+
+
+def _call(builder, name: str, vectors: list):
+    """Call an LLVM intrinsic on vectors."""
+    kind = ir.FunctionType(_FLOATS, [_FLOATS] * len(vectors))
+    return builder.call(cgutils.get_or_insert_function(builder.module, kind, f"llvm.{name}.v{WIDTH}f32"), vectors)
+
+
+def _unary(name: str):
+    """An LLVM intrinsic of one vector."""
+
+    @intrinsic
+    def function(typing_context, a):
+        def lower(context, builder, sig, args):
+            return _call(builder, name, args)
+
+        return LANES(LANES), lower
+
+    return function
+
+
+rint = _unary("rint")  # to nearest, ties to even
+round_away = _unary("round")  # to nearest, ties away from zero: C's roundf
+absolute = _unary("fabs")
+sqrt = _unary("sqrt")
+
+
+@intrinsic
+def splat(typing_context, number):
+    """A number in every lane."""
+
+    def lower(context, builder, sig, args):
+        return _as_lanes(context, builder, args[0], sig.args[0])
+
+    return LANES(number), lower
+
+
+@intrinsic
+def fma(typing_context, a, b, c):
+    """a * b + c, rounded once."""
+
+    def lower(context, builder, sig, args):
+        vectors = [_as_lanes(context, builder, *pair) for pair in zip(args, sig.args)]
+        return _call(builder, "fma", vectors)
+
+    return LANES(a, b, c), lower
+
+
+def _extremum(order: str):
+    """The x86 rule: the second operand where either is NaN, so that `clamp` maps NaN to its lower bound."""
+
+    @intrinsic
+    def function(typing_context, a, b):
+        def lower(context, builder, sig, args):
+            left, right = (_as_lanes(context, builder, *pair) for pair in zip(args, sig.args))
+            return builder.select(builder.fcmp_ordered(order, left, right), left, right)
+
+        return LANES(a, b), lower
+
+    return function
+
+
+minimum = _extremum("<")
+maximum = _extremum(">")
+
+
+@intrinsic
+def select(typing_context, mask, a, b):
+    """`a` where the mask holds, `b` elsewhere."""
+
+    def lower(context, builder, sig, args):
+        left, right = (_as_lanes(context, builder, *pair) for pair in zip(args[1:], sig.args[1:]))
+        return builder.select(args[0], left, right)
+
+    return LANES(mask, a, b), lower
+
+
+@intrinsic
+def power_of_two(typing_context, a):
+    """The largest power of two not above each (positive, normal) value."""
+
+    def lower(context, builder, sig, args):
+        exponent = builder.and_(builder.bitcast(args[0], _INTS), _constant(_INTS, 0x7F800000))
+        return builder.bitcast(exponent, _FLOATS)
+
+    return LANES(LANES), lower
+
+
+def _index(value: int) -> ir.Constant:
+    return ir.Constant(ir.IntType(64), value)
+
+
+def _data(context, builder, array_type, array):
+    return context.make_array(array_type)(context, builder, array).data
+
+
+def _element(context, builder, array_type, array, index, vector):
+    """Pointer to the vector at flat `index` of a contiguous array."""
+    place = builder.gep(_data(context, builder, array_type, array), [index])
+    return builder.bitcast(place, vector.as_pointer())
+
+
+@intrinsic
+def load(typing_context, array, i):
+    """Lanes number `i` of a contiguous float32 array."""
+
+    def lower(context, builder, sig, args):
+        start = builder.mul(args[1], _index(WIDTH))
+        return builder.load(_element(context, builder, sig.args[0], args[0], start, _FLOATS), align=4)
+
+    return LANES(array, types.int64), lower
+
+
+@intrinsic
+def store(typing_context, array, i, value):
+    """Write `value` as lanes number `i` of a contiguous float32 array."""
+
+    def lower(context, builder, sig, args):
+        start = builder.mul(args[1], _index(WIDTH))
+        vector = _as_lanes(context, builder, args[2], sig.args[2])
+        builder.store(vector, _element(context, builder, sig.args[0], args[0], start, _FLOATS), align=4)
+        return context.get_dummy_value()
+
+    return types.void(array, types.int64, value), lower
+
+
+@intrinsic
+def store_bytes(typing_context, array, i, value):
+    """Write whole numbers (-128 to 255) as row `i` of a uint8 array `(n, 16)`."""
+    vector = ir.VectorType(ir.IntType(8), WIDTH)
+
+    def lower(context, builder, sig, args):
+        start = builder.mul(args[1], _index(WIDTH))
+        whole = builder.trunc(builder.fptosi(args[2], _INTS), vector)
+        builder.store(whole, _element(context, builder, sig.args[0], args[0], start, vector), align=1)
+        return context.get_dummy_value()
+
+    return types.void(array, types.int64, LANES), lower
+
+
+@intrinsic
+def half_bits(typing_context, a):
+    """The bits of float16 values (see `round_to_half`), as whole numbers 0 to 65535."""
+
+    def lower(context, builder, sig, args):
+        bits = builder.bitcast(args[0], _INTS)
+        size = builder.and_(bits, _constant(_INTS, 0x7FFFFFFF))
+        sign = builder.and_(builder.lshr(bits, _constant(_INTS, 16)), _constant(_INTS, 0x8000))
+        normal = builder.lshr(builder.sub(size, _constant(_INTS, 112 << 23)), _constant(_INTS, 13))
+        steps = builder.fmul(builder.bitcast(size, _FLOATS), _constant(_FLOATS, 2.0**24))
+        is_normal = builder.icmp_unsigned(">=", size, _constant(_INTS, 113 << 23))
+        half = builder.select(is_normal, normal, builder.fptosi(steps, _INTS))
+        return builder.sitofp(builder.or_(half, sign), _FLOATS)
+
+    return LANES(LANES), lower
+
+
+def _transposition(to_rows: bool):
+    def lower(context, builder, sig, args):
+        flat_type, offsets_type, rows_type, _ = sig.args
+        flat, offsets, rows, first = args
+        vector = ir.VectorType(context.get_data_type(flat_type.dtype), WIDTH)
+        offsets = _data(context, builder, offsets_type, offsets)
+
+        def run(lane):
+            offset = builder.load(builder.gep(offsets, [_index(lane)]))
+            return _element(context, builder, flat_type, flat, builder.add(offset, first), vector)
+
+        def row(k):
+            start = builder.mul(builder.add(first, _index(k)), _index(WIDTH))
+            return _element(context, builder, rows_type, rows, start, vector)
+
+        source, target = (run, row) if to_rows else (row, run)
+        square = [builder.load(source(k), align=1) for k in range(WIDTH)]
+        for k, column in enumerate(_transpose_square(builder, square)):
+            builder.store(column, target(k), align=1)
+        return context.get_dummy_value()
+
+    return lower
+
+
+@intrinsic
+def to_lanes(typing_context, flat, offsets, rows, first):
+    """Sixteen runs of flat `flat`, `[offset + first : offset + first + 16]`, become `rows[first : first + 16]`.
+
+    `offsets` is int64 `(16,)`, one for each lane; `rows` is `(n, 16)`, of the element type of `flat`.
+    """
+    return types.void(flat, offsets, rows, types.int64), _transposition(to_rows=True)
+
+
+@intrinsic
+def from_lanes(typing_context, flat, offsets, rows, first):
+    """The way back of `to_lanes`: `rows[first : first + 16]` are written to sixteen places in `flat`."""
+    return types.void(flat, offsets, rows, types.int64), _transposition(to_rows=False)
+
+
+def _transpose_square(builder, square: list) -> list:
+    """Transpose 16 vectors of 16: four rounds of interleaving rows k and k + 8."""
+    low = ir.Constant(_INTS, [k // 2 + WIDTH * (k % 2) for k in range(WIDTH)])
+    high = ir.Constant(_INTS, [k // 2 + 8 + WIDTH * (k % 2) for k in range(WIDTH)])
+    for _ in range(4):
+        square = [
+            builder.shuffle_vector(square[k], square[k + 8], half) for k in range(8) for half in (low, high)
+        ]
+    return square

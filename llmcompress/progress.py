@@ -1,0 +1,16 @@
+"""How a running job tells where it is. The command line shows it; a caller may subclass it."""
+
+from __future__ import annotations
+
+
+class Progress:
+    """Says nothing. `start` opens a phase of `total` bytes of the source, `advance` counts them."""
+
+    def start(self, phase: str, total: int) -> None:
+        """A phase begins."""
+
+    def advance(self, count: int) -> None:
+        """`count` more bytes are done."""
+
+    def close(self) -> None:
+        """The job is over, well or not."""

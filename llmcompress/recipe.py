@@ -1,0 +1,126 @@
+"""What the user asked for. Every flag of the command line is short for a field here.
+
+A recipe can be kept in a YAML file; the one that made a GGUF is stored inside it under `llmcompress.recipe`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from llmcompress.errors import RecipeError, nearest
+from llmcompress.filetypes import TypeOverrides, find_file_type
+from llmcompress.sizes import parse_size
+
+VERIFY = ("off", "sample", "full")
+DEFAULT_MAX_RAM = 512 * 2**20
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One job. Fields that decide bytes come first; the last four only say how the job is run."""
+
+    types: tuple[str, ...] = ("Q4_K_M",)  # llama.cpp file types, or "auto": the checkpoint's own float type
+    tensor_types: tuple[tuple[str, str], ...] = ()  # (pattern, ggml type), the first match wins
+    output_tensor_type: str | None = None
+    token_embedding_type: str | None = None
+    pure: bool = False
+    leave_output_tensor: bool = False
+    imatrix: str | None = None
+    pre: str | None = None  # pre-tokenizer by name, where detection fails
+    name: str | None = None  # general.name
+    split_max_size: int | None = None  # bytes
+    max_ram: int = DEFAULT_MAX_RAM  # bytes above the interpreter and its libraries
+    threads: int | None = None
+    verify: str = "sample"
+
+    def __post_init__(self) -> None:
+        if not self.types:
+            raise RecipeError("no type is asked for: give at least one, such as Q4_K_M")
+        for name in self.types:
+            if name.lower() != "auto":
+                find_file_type(name)
+        if self.verify not in VERIFY:
+            raise RecipeError(f"verify: {self.verify!r} is none of {', '.join(VERIFY)}{nearest(self.verify, VERIFY)}")
+        if self.threads is not None and self.threads < 1:
+            raise RecipeError(f"threads: {self.threads} is less than 1")
+
+    @property
+    def overrides(self) -> TypeOverrides:
+        return TypeOverrides(
+            tensor_types=self.tensor_types,
+            output=self.output_tensor_type,
+            token_embedding=self.token_embedding_type,
+            pure=self.pure,
+            leave_output=self.leave_output_tensor,
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """The fields that decide bytes and differ from their defaults, ready for JSON or YAML."""
+        run_only = {"max_ram", "threads", "verify"}
+        return {
+            field.name: getattr(self, field.name)
+            for field in fields(self)
+            if field.name not in run_only and (field.name == "types" or getattr(self, field.name) != field.default)
+        }
+
+    def as_json(self) -> str:
+        return json.dumps(self.as_dict(), sort_keys=True)
+
+
+def parse_recipe(
+    data: Mapping[str, Any], onto: Recipe | None = None, label: Callable[[str], str] = "recipe: {}".format
+) -> Recipe:
+    """A Recipe from a mapping of its fields, strictly: unknown keys and wrong kinds are RecipeErrors.
+
+    Fields that are not named keep their value in `onto`. `label` names a field in messages.
+    """
+    known = {field.name for field in fields(Recipe)}
+    values: dict[str, Any] = {}
+    for key, value in data.items():
+        if key not in known:
+            raise RecipeError(f"{label(key)}: is no field of a recipe{nearest(str(key), known)}")
+        values[key] = _field(key, value, label(key))
+    return replace(onto or Recipe(), **values)
+
+
+def _field(key: str, value: Any, label: str) -> Any:
+    if key == "types":
+        names = [value] if isinstance(value, str) else value
+        if isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names):
+            return tuple(names)
+    elif key == "tensor_types":
+        pairs = list(value.items()) if isinstance(value, Mapping) else value
+        if isinstance(pairs, (list, tuple)) and all(_is_pair(pair) for pair in pairs):
+            return tuple((pattern, name) for pattern, name in pairs)
+    elif key in ("max_ram", "split_max_size"):
+        return parse_size(value, label)
+    elif key in ("pure", "leave_output_tensor"):
+        if isinstance(value, bool):
+            return value
+    elif key == "threads":
+        if isinstance(value, int) and not isinstance(value, bool):
+            return value
+    elif isinstance(value, str):
+        return value
+    raise RecipeError(f"{label}: cannot be {value!r}")
+
+
+def _is_pair(pair: Any) -> bool:
+    return isinstance(pair, (list, tuple)) and len(pair) == 2 and all(isinstance(part, str) for part in pair)
+
+
+def read_recipe(path: str | Path) -> Recipe:
+    """A Recipe from a YAML file whose keys are Recipe's fields. Raises RecipeError."""
+    import yaml
+
+    try:
+        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise RecipeError(f"{path}: cannot be read as YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(data, Mapping):
+        raise RecipeError(f"{path}: a recipe is a mapping such as 'types: [Q4_K_M]', not a {type(data).__name__}")
+    return parse_recipe(data, label=(f"{path}: " + "{}").format)

@@ -1,0 +1,88 @@
+"""One slab of a step: its weights, from the checkpoint through the step's operation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from llmcompress.checkpoint import READABLE, Checkpoint
+from llmcompress.errors import RunError
+from llmcompress.grids.grid import Grid
+from llmcompress.grids.floats import first_nonfinite, to_float32
+from llmcompress.plan import Piece, Slab, Step
+
+F16_LARGEST = 65504.0
+_CHUNK = 2**20  # bytes of a source read at a time where its columns become rows
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Weights of a slab, before any rounding: `raw` in the checkpoint's dtype, `(rows, columns)`."""
+
+    step: Step
+    raw: np.ndarray
+    dtype: str
+
+    @cached_property
+    def float32(self) -> np.ndarray:
+        """float32 `(rows, columns)`, after the step's arithmetic."""
+        values = to_float32(self.raw, self.dtype)
+        compute = self.step.operation.compute
+        return compute(values) if compute else values
+
+    def encoded(self, grid: Grid, importance: np.ndarray | None) -> np.ndarray:
+        """uint8 `(rows, row_bytes)`; the checkpoint's own bytes where the type does not change."""
+        if grid.name == self.dtype and self.step.operation.compute is None:
+            return self.raw.view(np.uint8)
+        if grid.name == "F16" and np.abs(self.float32).max(initial=0.0) > F16_LARGEST:
+            raise RunError(
+                f"{self.step.name}: holds {np.abs(self.float32).max():.6g}, the largest F16 is {F16_LARGEST:.0f}; "
+                "use BF16 or F32"
+            )
+        return grid.quantize(self.float32, importance)
+
+
+def read_slab(checkpoint: Checkpoint, step: Step, slab: Slab) -> Weights:
+    """Read a slab's weights and check them. Raises RunError naming the first NaN or infinity."""
+    if step.computed is not None:
+        return Weights(step, step.computed.reshape(step.rows, step.columns)[slab.first : slab.first + slab.rows], "F32")
+    piece, first = _piece_at(step, slab)
+    read = _read_transposed if step.operation.transposed else _read_rows
+    raw = read(checkpoint, piece, first, slab.rows)
+    bad = first_nonfinite(raw, step.dtype)
+    if bad >= 0:
+        row, column = divmod(bad, step.columns)
+        raise RunError(
+            f"{piece.tensor.file}: tensor {piece.tensor.name!r} holds a NaN or infinity (row {first + row}, column "
+            f"{column} as written to {step.name}); the checkpoint is damaged: fetch or train it again"
+        )
+    if step.operation.arrange:
+        raw = step.operation.arrange(raw)
+    return Weights(step, raw, step.dtype)
+
+
+def _piece_at(step: Step, slab: Slab) -> tuple[Piece, int]:
+    """The piece a slab lies in, and the slab's first row in the source."""
+    first = slab.first
+    for piece in step.pieces:
+        if first < piece.rows:
+            return piece, piece.first + first
+        first -= piece.rows
+    raise IndexError(f"{step.name}: no row {slab.first}")
+
+
+def _read_rows(checkpoint: Checkpoint, piece: Piece, first: int, rows: int) -> np.ndarray:
+    return checkpoint.read(piece.tensor.name, first, rows)
+
+
+def _read_transposed(checkpoint: Checkpoint, piece: Piece, first: int, rows: int) -> np.ndarray:
+    """Columns `first` to `first + rows` of the source as rows, read through without holding all of it."""
+    source = piece.tensor
+    out = np.empty((rows, source.rows), READABLE[source.dtype])
+    height = max(1, _CHUNK // (source.columns * out.itemsize))
+    for top in range(0, source.rows, height):
+        chunk = checkpoint.read(source.name, top, min(height, source.rows - top))
+        out[:, top : top + len(chunk)] = chunk[:, first : first + rows].T
+    return out

@@ -1,0 +1,350 @@
+"""The real llama.cpp and ggml, for tests: ctypes on the C API that xllamacpp's shared object exports.
+
+Declarations follow llama.h and ggml.h. The two parameter structs are declared only up to the last field
+set here and end in spare room, since llama.cpp adds fields at their ends; the defaults it fills in are
+checked before a field is set, so a version with another layout fails at once instead of misreading.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.util
+import os
+from collections.abc import Sequence
+from ctypes import POINTER, c_bool, c_char_p, c_float, c_int, c_int32, c_int64, c_size_t, c_uint32, c_void_p
+from pathlib import Path
+
+import numpy as np
+
+GGML_F32, GGML_F16 = 0, 1
+FLASH_ATTENTION_OFF, FLASH_ATTENTION_AUTO = 0, -1
+SPARE = c_uint32 * 128  # more than any version's tail: a struct passed by value may be larger than expected
+THREADS = 2
+
+
+class ModelParams(ctypes.Structure):
+    """llama_model_params."""
+
+    _fields_ = [
+        ("devices", c_void_p),
+        ("tensor_buft_overrides", c_void_p),
+        ("n_gpu_layers", c_int32),
+        ("split_mode", c_int),
+        ("load_mode", c_int),
+        ("lazy_mode", c_int),
+        ("main_gpu", c_int32),
+        ("tensor_split", c_void_p),
+        ("progress_callback", c_void_p),
+        ("progress_callback_user_data", c_void_p),
+        ("kv_overrides", c_void_p),
+        ("vocab_only", c_bool),
+        ("check_tensors", c_bool),
+        ("use_extra_bufts", c_bool),
+        ("no_host", c_bool),
+        ("no_alloc", c_bool),
+        ("spare", SPARE),
+    ]
+    EXPECTED = {
+        "n_gpu_layers": -1,
+        "load_mode": -1,
+        "lazy_mode": 1,
+        "kv_overrides": None,
+        "vocab_only": False,
+        "check_tensors": False,
+        "use_extra_bufts": True,
+        "no_host": False,
+    }
+
+
+class ContextParams(ctypes.Structure):
+    """llama_context_params."""
+
+    _fields_ = [
+        ("n_ctx", c_uint32),
+        ("n_batch", c_uint32),
+        ("n_ubatch", c_uint32),
+        ("n_seq_max", c_uint32),
+        ("n_rs_seq", c_uint32),
+        ("n_outputs_max", c_uint32),
+        ("n_outputs_max_per_seq", c_uint32),
+        ("n_threads", c_int32),
+        ("n_threads_batch", c_int32),
+        ("ctx_type", c_int),
+        ("rope_scaling_type", c_int),
+        ("pooling_type", c_int),
+        ("attention_type", c_int),
+        ("flash_attn_type", c_int),
+        ("rope_freq_base", c_float),
+        ("rope_freq_scale", c_float),
+        ("yarn_ext_factor", c_float),
+        ("yarn_attn_factor", c_float),
+        ("yarn_beta_fast", c_float),
+        ("yarn_beta_slow", c_float),
+        ("yarn_orig_ctx", c_uint32),
+        ("defrag_thold", c_float),
+        ("cb_eval", c_void_p),
+        ("cb_eval_user_data", c_void_p),
+        ("type_k", c_int),
+        ("type_v", c_int),
+        ("spare", SPARE),
+    ]
+    EXPECTED = {
+        "n_ctx": 512,
+        "n_batch": 2048,
+        "n_ubatch": 512,
+        "attention_type": -1,
+        "flash_attn_type": FLASH_ATTENTION_AUTO,
+        "rope_freq_base": 0.0,
+        "yarn_beta_slow": -1.0,
+        "yarn_orig_ctx": 0,
+        "defrag_thold": -1.0,
+        "cb_eval_user_data": None,
+        "type_k": GGML_F16,
+        "type_v": GGML_F16,
+    }
+
+
+class Batch(ctypes.Structure):
+    """llama_batch."""
+
+    _fields_ = [
+        ("n_tokens", c_int32),
+        ("token", POINTER(c_int32)),
+        ("embd", POINTER(c_float)),
+        ("pos", POINTER(c_int32)),
+        ("n_seq_id", POINTER(c_int32)),
+        ("seq_id", POINTER(POINTER(c_int32))),
+        ("logits", POINTER(ctypes.c_int8)),
+    ]
+
+
+LogCallback = ctypes.CFUNCTYPE(None, c_int, c_char_p, c_void_p)
+
+SIGNATURES = {  # function: (result, arguments)
+    "llama_backend_init": (None, []),
+    "llama_log_set": (None, [LogCallback, c_void_p]),
+    "llama_model_default_params": (ModelParams, []),
+    "llama_context_default_params": (ContextParams, []),
+    "llama_model_load_from_file": (c_void_p, [c_char_p, ModelParams]),
+    "llama_init_from_model": (c_void_p, [c_void_p, ContextParams]),
+    "llama_set_n_threads": (None, [c_void_p, c_int32, c_int32]),
+    "llama_model_free": (None, [c_void_p]),
+    "llama_free": (None, [c_void_p]),
+    "llama_model_desc": (c_int32, [c_void_p, c_char_p, c_size_t]),
+    "llama_model_meta_val_str": (c_int32, [c_void_p, c_char_p, c_char_p, c_size_t]),
+    "llama_model_get_vocab": (c_void_p, [c_void_p]),
+    "llama_vocab_n_tokens": (c_int32, [c_void_p]),
+    "llama_tokenize": (c_int32, [c_void_p, c_char_p, c_int32, POINTER(c_int32), c_int32, c_bool, c_bool]),
+    "llama_detokenize": (c_int32, [c_void_p, POINTER(c_int32), c_int32, c_char_p, c_int32, c_bool, c_bool]),
+    "llama_batch_init": (Batch, [c_int32, c_int32, c_int32]),
+    "llama_batch_free": (None, [Batch]),
+    "llama_get_memory": (c_void_p, [c_void_p]),
+    "llama_memory_clear": (None, [c_void_p, c_bool]),
+    "llama_decode": (c_int32, [c_void_p, Batch]),
+    "llama_get_logits": (POINTER(c_float), [c_void_p]),
+    "ggml_type_name": (c_char_p, [c_int]),
+    "ggml_blck_size": (c_int64, [c_int]),
+    "ggml_row_size": (c_size_t, [c_int, c_int64]),
+    "ggml_quantize_requires_imatrix": (c_bool, [c_int]),
+    "ggml_quantize_chunk": (c_size_t, [c_int, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p]),
+}
+
+log_lines: list[str] = []
+
+
+@LogCallback
+def keep_log(level: int, text: bytes, user_data: int | None) -> None:
+    log_lines.append(text.decode(errors="replace"))
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """The shared object with every function of SIGNATURES declared and the backend started."""
+    package = Path(importlib.util.find_spec("xllamacpp").origin).parent
+    loaded = ctypes.CDLL(str(next(package.glob("xllamacpp*.so"))))
+    for name, (result, arguments) in SIGNATURES.items():
+        function = getattr(loaded, name)
+        function.restype, function.argtypes = result, arguments
+    loaded.llama_log_set(keep_log, None)
+    loaded.llama_backend_init()
+    return loaded
+
+
+def checked_defaults(params: ModelParams | ContextParams) -> ModelParams | ContextParams:
+    for field, expected in params.EXPECTED.items():
+        found = getattr(params, field)
+        if found != expected:
+            raise RuntimeError(
+                f"{type(params).__name__}.{field} defaults to {found}, not {expected}: "
+                "this xllamacpp has another struct layout; compare with its llama.h"
+            )
+    return params
+
+
+class Ggml:
+    """ggml's own quantizers and decoders. `ggml_type` is ggml's type id."""
+
+    def __init__(self) -> None:
+        self.lib = library()
+
+    def quantize(self, x: np.ndarray, ggml_type: int, importance: np.ndarray | None = None) -> np.ndarray:
+        """float32 `(rows, columns)`, importance `(columns,)` -> uint8 `(rows, row_bytes)`."""
+        x = np.ascontiguousarray(x, np.float32)
+        rows, columns = x.shape
+        self._check_columns(ggml_type, columns)
+        if importance is not None:
+            importance = np.ascontiguousarray(importance, np.float32)
+            if importance.shape != (columns,):
+                raise ValueError(f"importance has shape {importance.shape}, the weights {x.shape}")
+        elif self.lib.ggml_quantize_requires_imatrix(ggml_type):
+            raise ValueError(f"{self.name(ggml_type)} needs an importance vector")
+        out = np.empty((rows, self.lib.ggml_row_size(ggml_type, columns)), np.uint8)
+        vector = None if importance is None else importance.ctypes.data
+        source, target = x.ctypes.data, out.ctypes.data
+        written = self.lib.ggml_quantize_chunk(ggml_type, source, target, 0, rows, columns, vector)
+        if written != out.nbytes:
+            raise RuntimeError(f"ggml wrote {written} bytes of {out.nbytes}")
+        return out
+
+    def dequantize(self, data: np.ndarray, ggml_type: int, columns: int) -> np.ndarray:
+        """uint8 `(rows, row_bytes)` -> float32 `(rows, columns)`, for each block type ggml can decode."""
+        data = np.ascontiguousarray(data, np.uint8)
+        self._check_columns(ggml_type, columns)
+        row_bytes = self.lib.ggml_row_size(ggml_type, columns)
+        if data.ndim != 2 or data.shape[1] != row_bytes:
+            raise ValueError(f"{self.name(ggml_type)}: shape {data.shape}, but a row is {row_bytes} bytes")
+        decode = getattr(self.lib, f"dequantize_row_{self.name(ggml_type)}")
+        decode.restype, decode.argtypes = None, [c_void_p, c_void_p, c_int64]
+        out = np.empty((len(data), columns), np.float32)
+        decode(data.ctypes.data, out.ctypes.data, out.size)
+        return out
+
+    def name(self, ggml_type: int) -> str:
+        """ggml's own spelling: "q4_K", "iq4_xs"."""
+        return self.lib.ggml_type_name(ggml_type).decode()
+
+    def _check_columns(self, ggml_type: int, columns: int) -> None:
+        # ggml asserts this and takes the whole process with it
+        block = self.lib.ggml_blck_size(ggml_type)
+        if columns % block:
+            raise ValueError(f"{self.name(ggml_type)}: {columns} columns are not a multiple of {block}")
+
+
+class Model:
+    """A GGUF file opened by llama.cpp; computes with an F32 cache and without flash attention.
+
+    Raises RuntimeError with llama.cpp's own log where it refuses the file. With `vocab_only` just the
+    tokenizer and the metadata work.
+    """
+
+    def __init__(self, path: str | os.PathLike, context: int = 512, vocab_only: bool = False) -> None:
+        self.lib = library()
+        self.context_size = context
+        self._context = None
+        log_lines.clear()
+        params = checked_defaults(self.lib.llama_model_default_params())
+        params.vocab_only = vocab_only
+        self._model = self.lib.llama_model_load_from_file(os.fsencode(path), params)
+        if not self._model:
+            raise RuntimeError(f"llama.cpp does not load {path}:\n{''.join(log_lines)}")
+        self._vocab = self.lib.llama_model_get_vocab(self._model)
+        self.n_vocab: int = self.lib.llama_vocab_n_tokens(self._vocab)
+        if not vocab_only:
+            self._open_context()
+
+    def _open_context(self) -> None:
+        params = checked_defaults(self.lib.llama_context_default_params())
+        params.n_ctx = params.n_batch = params.n_ubatch = self.context_size
+        params.flash_attn_type = FLASH_ATTENTION_OFF
+        params.type_k = params.type_v = GGML_F32
+        self._context = self.lib.llama_init_from_model(self._model, params)
+        if not self._context:
+            self.close()
+            raise RuntimeError(f"llama.cpp makes no context:\n{''.join(log_lines)}")
+        self.lib.llama_set_n_threads(self._context, THREADS, THREADS)
+
+    def close(self) -> None:
+        if self._context:
+            self.lib.llama_free(self._context)
+        if self._model:
+            self.lib.llama_model_free(self._model)
+        self._context = self._model = self._vocab = None
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    @property
+    def description(self) -> str:
+        """Architecture, size and file type: "llama 8B Q4_K - Medium"."""
+        buffer = ctypes.create_string_buffer(256)
+        self.lib.llama_model_desc(self._model, buffer, len(buffer))
+        return buffer.value.decode()
+
+    def meta(self, key: str) -> str | None:
+        """A metadata value as llama.cpp prints it, or None where the file lacks the key."""
+        size = self.lib.llama_model_meta_val_str(self._model, key.encode(), None, 0)
+        if size < 0:
+            return None
+        buffer = ctypes.create_string_buffer(size + 1)
+        self.lib.llama_model_meta_val_str(self._model, key.encode(), buffer, len(buffer))
+        return buffer.value.decode(errors="replace")
+
+    def tokenize(self, text: str, add_special: bool = False, parse_special: bool = True) -> list[int]:
+        encoded = text.encode()
+        ids = (c_int32 * (len(encoded) + 8))()
+        arguments = (add_special, parse_special)
+        count = self.lib.llama_tokenize(self._vocab, encoded, len(encoded), ids, len(ids), *arguments)
+        if count < 0:  # the room needed, negated
+            ids = (c_int32 * -count)()
+            count = self.lib.llama_tokenize(self._vocab, encoded, len(encoded), ids, len(ids), *arguments)
+        return ids[:count]
+
+    def detokenize(
+        self, ids: Sequence[int], remove_special: bool = False, unparse_special: bool = True
+    ) -> str:
+        tokens = (c_int32 * len(ids))(*ids)
+        arguments = (remove_special, unparse_special)
+        buffer = ctypes.create_string_buffer(16 * len(ids) + 16)
+        count = self.lib.llama_detokenize(self._vocab, tokens, len(ids), buffer, len(buffer), *arguments)
+        if count < 0:
+            buffer = ctypes.create_string_buffer(-count)
+            count = self.lib.llama_detokenize(self._vocab, tokens, len(ids), buffer, len(buffer), *arguments)
+        return buffer.raw[:count].decode(errors="replace")
+
+    def logits(self, ids: Sequence[int]) -> np.ndarray:
+        """Next-token logits after each position, float32 `(len(ids), n_vocab)`."""
+        if not self._context:
+            raise RuntimeError("opened with vocab_only, or closed: there is nothing to compute with")
+        if not 0 < len(ids) <= self.context_size:
+            raise ValueError(f"{len(ids)} ids in a context of {self.context_size}")
+        self.lib.llama_memory_clear(self.lib.llama_get_memory(self._context), True)
+        batch = self.lib.llama_batch_init(len(ids), 0, 1)
+        batch.n_tokens = len(ids)
+        for position, token in enumerate(ids):
+            batch.token[position], batch.pos[position] = int(token), position
+            batch.n_seq_id[position], batch.seq_id[position][0] = 1, 0
+            batch.logits[position] = 1
+        status = self.lib.llama_decode(self._context, batch)
+        self.lib.llama_batch_free(batch)
+        if status:
+            raise RuntimeError(f"llama_decode returned {status}:\n{''.join(log_lines[-20:])}")
+        flat = self.lib.llama_get_logits(self._context)
+        return np.ctypeslib.as_array(flat, (len(ids), self.n_vocab)).copy()
+
+    def perplexity(self, ids: Sequence[int]) -> float:
+        """exp of the mean negative log likelihood of ids[1:], in one window."""
+        logits = self.logits(ids)[:-1].astype(np.float64)
+        logits -= logits.max(axis=1, keepdims=True)
+        chosen = logits[np.arange(len(ids) - 1), np.asarray(ids[1:])]
+        return float(np.exp(np.mean(np.log(np.exp(logits).sum(axis=1)) - chosen)))
+
+    def greedy(self, ids: Sequence[int], n: int) -> list[int]:
+        """The `n` ids that follow, each the likeliest after all before it."""
+        sequence = list(ids)
+        for _ in range(n):
+            sequence.append(int(self.logits(sequence)[-1].argmax()))
+        return sequence[len(ids) :]

@@ -1,0 +1,81 @@
+"""Every architecture, converted and run by the real llama.cpp, against transformers on the same weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+import llmcompress
+from llama_cpp import Model
+from tiny_models import BYTE_BPE, FUSED, MODELS, SENTENCEPIECE, build
+
+NAMES = [*MODELS, *(f"{name}-fused" for name in FUSED)]
+TOKENS = 96  # enough for sliding windows of 16 and the long-context scalings to show
+TEXT = "Once upon a time there was a little girl. She said: 'Prince Andrew, what is 12 + 30?' def f(x): return x * 2\n" * 4
+
+
+@pytest.fixture(scope="session")
+def tokenizers(root: Path) -> dict[str, Path]:
+    return {BYTE_BPE: root / "examples" / "sample-llama-6m", SENTENCEPIECE: root / "tests" / "data" / "stories260K"}
+
+
+def expected(folder: Path, ids: list[int]) -> np.ndarray:
+    """transformers' logits, float32 `(tokens, vocabulary)`."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    with torch.no_grad():
+        return model(torch.tensor([ids])).logits[0].numpy()
+
+
+# llama.cpp asks for tokens of the real Phi-3 where a model is called that: the folders, and so the models, are "tiny".
+
+
+def ids_of(folder: Path) -> list[int]:
+    return transformers.AutoTokenizer.from_pretrained(folder)(TEXT, add_special_tokens=False)["input_ids"][:TOKENS]
+
+
+def assert_same_logits(found: np.ndarray, wanted: np.ndarray, share: float) -> None:
+    """The largest difference is under `share` of the logits' range, and the top token the same everywhere."""
+    assert np.ptp(wanted) > 5, "logits this flat would prove nothing"
+    assert np.abs(found - wanted).max() < share * np.ptp(wanted)
+    assert (found.argmax(-1) == wanted.argmax(-1)).all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_f32_logits_are_transformers_logits(name: str, tokenizers: dict[str, Path], tmp_path: Path) -> None:
+    folder = build(name, tmp_path / "tiny", tokenizers)
+    ids = ids_of(folder)
+    result = llmcompress.quantize(folder, tmp_path / "{type}.gguf", type="F32", verify="full")
+    assert max(tensor.relative_error for tensor in result.outputs[0].tensors) == 0
+    with Model(result.paths[0]) as model:
+        assert_same_logits(model.logits(ids), expected(folder, ids), 1e-3)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_bf16_logits_are_transformers_logits(name: str, tokenizers: dict[str, Path], tmp_path: Path) -> None:
+    folder = build(name, tmp_path / "tiny", tokenizers, torch.bfloat16)
+    ids = ids_of(folder)
+    result = llmcompress.quantize(folder, tmp_path / "{type}.gguf", type=["BF16", "F32"], verify="full")
+    with Model(result.paths[1]) as model:
+        assert_same_logits(model.logits(ids), expected(folder, ids), 1e-3)
+    with Model(result.paths[0]) as model:  # ggml rounds activations to bf16 before each product
+        found, wanted = model.logits(ids), expected(folder, ids)
+    assert np.abs(found - wanted).max() < 0.05 * np.ptp(wanted)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_k_type_loads_and_stays_close(name: str, tokenizers: dict[str, Path], tmp_path: Path) -> None:
+    folder = build(name, tmp_path / "tiny", tokenizers, torch.bfloat16)
+    ids = ids_of(folder)
+    wanted = expected(folder, ids)
+    types = ["Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q3_K_M"]
+    result = llmcompress.quantize(folder, tmp_path / "{type}.gguf", type=types)
+    errors = []
+    for path in result.paths:
+        with Model(path) as model:
+            errors.append(float(np.abs(model.logits(ids) - wanted).mean() / np.ptp(wanted)))
+    assert errors[0] < 0.02 and errors[3] < 0.1
+    assert errors[0] < errors[2] < errors[4]
