@@ -39,9 +39,12 @@ def _named(entry: Any, where: Path) -> list[tuple[str, str]]:
     if isinstance(entry, dict):
         named = list(entry.items())
     else:
-        named = [(item.get("name"), item.get("template")) for item in entry if isinstance(item, dict)]
+        items = entry if isinstance(entry, list) else []
+        named = [(item.get("name"), item.get("template")) for item in items if isinstance(item, dict)]
     if not named or not all(isinstance(part, str) for pair in named for part in pair):
-        raise TokenizerError(f"{where}: chat_template is neither text nor a list of named texts; correct or remove it")
+        raise TokenizerError(
+            f"{where}: chat_template is neither text nor a list of named texts; correct or remove it"
+        )
     return named
 
 
@@ -54,4 +57,6 @@ def _text(path: Path) -> str:
     try:
         return path.read_text("utf-8")
     except UnicodeDecodeError as error:
-        raise TokenizerError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); fetch the file again") from None
+        raise TokenizerError(
+            f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); fetch the file again"
+        ) from None

@@ -11,8 +11,14 @@ def pairs(merges: Iterable, where: str) -> Iterator[tuple[str, str]]:
     """The two halves of each merge, written `"a b"` or, since transformers 4.45, `["a", "b"]`."""
     for merge in merges:
         halves = merge.split(" ") if isinstance(merge, str) else merge
-        if not isinstance(halves, list) or len(halves) != 2 or not all(isinstance(half, str) for half in halves):
-            raise TokenizerError(f"{where}: {str(merge)[:60]!r} is not a merge of two parts; fetch the file again")
+        if (
+            not isinstance(halves, list)
+            or len(halves) != 2
+            or not all(isinstance(half, str) for half in halves)
+        ):
+            raise TokenizerError(
+                f"{where}: {str(merge)[:60]!r} is not a merge of two parts; fetch the file again"
+            )
         yield halves[0], halves[1]
 
 
@@ -37,7 +43,7 @@ def scores(merges: Iterable[tuple[str, str]]) -> dict[str, float]:
     return result
 
 
-def missing(merges: list[tuple[str, str]], tokens: set[str]) -> int:
+def lacking(merges: list[tuple[str, str]], tokens: set[str]) -> int:
     """In how many ways two tokens join to a third without a merge saying so.
 
     SentencePiece's algorithm needs no such permission: with any missing, it may join where the merges do not.

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
+from llmcompress.converters.tokenizer_files import pattern_of
 from llmcompress.errors import TokenizerError, nearest
 
 # What ByteLevel splits by: GPT-2's regex.
@@ -37,33 +38,39 @@ def known_names() -> list[str]:
 def check_name(name: str) -> str:
     """The name itself. Raises TokenizerError, with the nearest known one, where llama.cpp would not load it."""
     if name not in known_names():
-        raise TokenizerError(f"--pre {name}: llama.cpp knows no such pre-tokenizer{nearest(name, known_names())}")
+        raise TokenizerError(
+            f"--pre {name}: llama.cpp knows no such pre-tokenizer{nearest(name, known_names())}"
+        )
     return name
 
 
 def find_pretokenizer(
-    pre_tokenizer: dict | None,
+    steps: list[dict],
     flags: dict[str, bool],
     encode: Callable[[str], list[int]],
     where: str,
 ) -> tuple[str, str]:
-    """(name, how it was found) for the `pre_tokenizer` part of a tokenizer.json.
+    """(name, how it was found) for the steps of a tokenizer.json's `pre_tokenizer`.
 
     `flags` are those of pretokenizers.json that are known of this tokenizer: `ignore_merges` must agree, of the
     names left the one that agrees in most others is taken. `encode` gives the ids of a text, special tokens
     included; it is called only where no regex list matches. Raises TokenizerError where nothing matches.
     """
-    stages = _stages(pre_tokenizer)
+    stages = tuple(stage for step in steps if (stage := _stage(step)))
     names = _names_of(stages)
     fitting = [name for name in names if ("ignore_merges" in names[name]) == flags["ignore_merges"]]
     if fitting:
-        agreement = {name: sum((flag in names[name]) == value for flag, value in flags.items()) for name in fitting}
+        agreement = {
+            name: sum((flag in names[name]) == value for flag, value in flags.items()) for name in fitting
+        }
         return max(fitting, key=agreement.__getitem__), "its regexes and flags"
     digest = hashlib.sha256(str(encode(_table()["check_text"])).encode()).hexdigest()
     if digest in _table()["hashes"]:
         return _table()["hashes"][digest], "the hash of the check text"
     if names:
-        return next(iter(names)), f"its regexes, though ignore_merges is {flags['ignore_merges']} and differs there"
+        return next(
+            iter(names)
+        ), f"its regexes, though ignore_merges is {flags['ignore_merges']} and differs there"
     raise TokenizerError(
         f"{where}: llama.cpp has no pre-tokenizer with the regexes {' then '.join(stages) or '(none)'}; "
         f"the nearest are {', '.join(_nearest_names(stages))}: choose one with --pre NAME"
@@ -92,33 +99,27 @@ def _nearest_names(stages: tuple[str, ...]) -> list[str]:
     def likeness(group: dict) -> float:
         return difflib.SequenceMatcher(None, text, " ".join(_canonical_list(group["regexes"]))).ratio()
 
-    return [next(iter(group["names"])) for group in sorted(_table()["groups"], key=likeness, reverse=True)[:3]]
+    return [
+        next(iter(group["names"])) for group in sorted(_table()["groups"], key=likeness, reverse=True)[:3]
+    ]
 
 
-def _stages(pre_tokenizer: dict | None) -> tuple[str, ...]:
-    """The regexes that a tokenizer.json pre-tokenizer splits by, one after the other, canonical."""
-    if pre_tokenizer is None:
-        return ()
-    kind = pre_tokenizer.get("type")
-    if kind == "Sequence":
-        return tuple(stage for part in pre_tokenizer.get("pretokenizers", []) for stage in _stages(part))
+def _stage(step: dict) -> str | None:
+    """The regex that a step of a pre-tokenizer splits by, canonical; None where it splits nothing."""
+    kind = step.get("type")
     if kind == "ByteLevel":
-        return (canonical(_GPT2),) if pre_tokenizer.get("use_regex", True) else ()
+        return canonical(_GPT2) if step.get("use_regex", True) else None
     if kind == "Digits":
-        return (r"\p{N}" if pre_tokenizer.get("individual_digits") else r"\p{N}+",)
-    if kind == "Split":
-        return (_split_stage(pre_tokenizer),)
-    return (" ".join(filter(None, [str(kind), pre_tokenizer.get("behavior")])),)
-
-
-def _split_stage(split: dict) -> str:
-    pattern = split.get("pattern") or {}
-    regex = pattern["Regex"] if "Regex" in pattern else re.escape(str(pattern.get("String", "")))
-    how = (split.get("behavior"), bool(split.get("invert")))
+        return r"\p{N}" if step.get("individual_digits") else r"\p{N}+"
+    regex = pattern_of(step, "Regex")
+    if kind != "Split" or regex is None:
+        return " ".join(
+            str(part) for part in (kind, step.get("behavior"), pattern_of(step, "String")) if part
+        )
     # Removing what lies between matches keeps the matches, as isolating them does where the regex covers all text.
-    if how in (("Isolated", False), ("Isolated", True), ("Removed", True)):
-        return canonical(regex)
-    return f"{canonical(regex)} {how[0]}"
+    how = (step.get("behavior"), step.get("invert") is True)
+    isolates = how in (("Isolated", False), ("Isolated", True), ("Removed", True))
+    return canonical(regex) if isolates else f"{canonical(regex)} {how[0]}"
 
 
 def _canonical_list(regexes: list[str]) -> tuple[str, ...]:

@@ -43,7 +43,9 @@ def read_sentencepiece(path: Path) -> SentencePieceModel:
     try:
         return _model(path.read_bytes())
     except (ValueError, IndexError, struct.error) as error:
-        raise TokenizerError(f"{path}: not a SentencePiece model ({error}); is the download complete?") from None
+        raise TokenizerError(
+            f"{path}: not a SentencePiece model ({error}); is the download complete?"
+        ) from None
 
 
 def _model(data: bytes) -> SentencePieceModel:

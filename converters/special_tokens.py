@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from llmcompress.converters.tokenizer_files import TokenizerFiles
+from llmcompress.converters.tokenizer_files import TokenizerFiles, configs_of
 
 # Role as Hugging Face names it -> GGUF's key, after gguf-py's constants (the misspelling is the format's).
 KEYS = {
@@ -21,9 +21,11 @@ KEYS = {
     "suffix": "fim_suf_token_id",
     "middle": "fim_mid_token_id",
 }
+_IN_CONFIG = ("bos", "eos", "unk", "sep", "pad", "mask")
+_IN_SENTENCEPIECE = ("bos", "eos", "unk", "pad")
 
-# Texts by which llama.cpp finds tokens that end a turn, whatever the metadata says.
-_ENDS_KNOWN = frozenset(
+# Texts by which llama.cpp knows that a token ends generation, whatever the metadata says.
+_KNOWN_ENDS = frozenset(
     "<|eot_id|> <|im_end|> <|end|> <|return|> <|call|> <end_of_turn> <|endoftext|> </s> <|eom_id|> <EOT> [EOT] [EOS] "
     "<|end_of_text|> <end_of_utterance> <eos> <turn|> <｜end▁of▁sentence｜>".split()
 )
@@ -31,132 +33,158 @@ _ENDS_KNOWN = frozenset(
 
 @dataclass(frozen=True)
 class SpecialTokens:
-    """`ids` by the names of KEYS."""
+    """`ids` by the names of KEYS; `extra` are special tokens without a role."""
 
     ids: dict[str, int]
+    extra: tuple[int, ...]
     add_bos: bool
     add_eos: bool
     notes: tuple[str, ...]
 
 
 def find_special_tokens(
-    files: TokenizerFiles, config: dict[str, Any], ids: dict[str, int], size: int, add_bos: bool
+    files: TokenizerFiles, config: dict[str, Any], ids: dict[str, int], size: int, begins: bool
 ) -> SpecialTokens:
-    """Looks in tokenizer_config.json, special_tokens_map.json, tokenizer.json's template, generation_config.json and
-    config.json, in this order. `ids` maps token texts to ids, `size` is the number of tokens, and `add_bos` what
-    holds where no file says whether a text begins with the bos token."""
+    """Looks in tokenizer_config.json, special_tokens_map.json, the tokenizer itself, config.json and
+    generation_config.json, in this order.
+
+    `ids` maps token texts to ids, `size` is the number of tokens, `begins` whether a text begins with the bos
+    token where no file says so.
+    """
     notes: list[str] = []
-    found = _by_text(files, ids)
     first, last = _template(files)
+    found = _named(files, ids)
     _take_template(found, ids, first, last, notes)
-    for role in ("bos", "eos", "unk", "sep", "pad", "mask"):
-        for source in (config, config.get("text_config") or {}, files.generation_config):
-            _take_number(found, role, source.get(f"{role}_token_id"), size)
-    _take_other_ends(found, files.generation_config, config, ids, size, notes)
+    for role in _IN_CONFIG:
+        for source in (*configs_of(config), files.generation_config):
+            for id in _numbers(source.get(f"{role}_token_id"), size)[:1]:
+                found.setdefault(role, id)
+    _take_other_ends(found, [files.generation_config, *configs_of(config)], ids, size, notes)
     if "eos" not in found:
-        notes.append("no file names the eos token: llama.cpp takes its own default for this kind of tokenizer")
-    return SpecialTokens(
-        found,
-        _adds(files, "bos", first, found, add_bos, notes),
-        _adds(files, "eos", last, found, False, notes),
-        tuple(notes),
-    )
+        notes.append(
+            "no file names the eos token: llama.cpp takes its own default for this kind of tokenizer"
+        )
+    add_bos = _adds(files, "bos", first, found, begins, notes)
+    add_eos = _adds(files, "eos", last, found, False, notes)
+    return SpecialTokens(found, _extra(files, ids), add_bos, add_eos, tuple(notes))
 
 
-def _by_text(files: TokenizerFiles, ids: dict[str, int]) -> dict[str, int]:
-    found = {}
+def _text(entry: Any) -> str | None:
+    text = entry.get("content") if isinstance(entry, dict) else entry
+    return text if isinstance(text, str) else None
+
+
+def _named(files: TokenizerFiles, ids: dict[str, int]) -> dict[str, int]:
+    found: dict[str, int] = {}
     for role in KEYS:
         for source in (files.config, files.special_tokens_map):
-            entry = source.get(f"{role}_token")
-            text = entry.get("content") if isinstance(entry, dict) else entry
-            if isinstance(text, str) and text in ids:
+            text = _text(source.get(f"{role}_token"))
+            if text in ids:
                 found.setdefault(role, ids[text])
-    unknown = files.model.get("unk_id")
-    if type(unknown) is not int:
-        unknown = ids.get(files.model.get("unk_token"))
-    if unknown is not None:
-        found.setdefault("unk", unknown)
-    if files.sentencepiece and not files.json:
-        for role in ("bos", "eos", "unk", "pad"):
-            number = getattr(files.sentencepiece, f"{role}_id")
-            if number >= 0:
-                found.setdefault(role, number)
+    text = _text(files.model.get("unk_token"))
+    for id in [ids[text]] if text in ids else _numbers(files.model.get("unk_id"), len(ids)):
+        found.setdefault("unk", id)
+    if files.json is None and files.sentencepiece is not None:
+        for role in _IN_SENTENCEPIECE:
+            for id in _numbers(getattr(files.sentencepiece, f"{role}_id"), len(ids)):
+                found.setdefault(role, id)
     return found
+
+
+def _extra(files: TokenizerFiles, ids: dict[str, int]) -> tuple[int, ...]:
+    lists = [files.config.get(key) for key in ("additional_special_tokens", "extra_special_tokens")]
+    texts = [_text(entry) for entries in lists if isinstance(entries, list) for entry in entries]
+    return tuple(ids[text] for text in texts if text in ids)
 
 
 def _template(files: TokenizerFiles) -> tuple[list[str] | None, list[str] | None]:
     """The tokens that tokenizer.json puts before and after a text; None where there is no tokenizer.json."""
-    kinds = {part.get("type"): part for part in files.parts("post_processor")}
+    if files.json is None:
+        return None, None
+    steps = {step.get("type"): step for step in files.parts("post_processor")}
     for kind in ("RobertaProcessing", "BertProcessing"):
-        if kind in kinds:
-            return [str(kinds[kind]["cls"][0])], [str(kinds[kind]["sep"][0])]
-    if "TemplateProcessing" not in kinds:
-        return ([], []) if files.json else (None, None)
-    template = kinds["TemplateProcessing"]
-    steps = [step for step in template.get("single") or [] if isinstance(step, dict)]
-    texts = [step["SpecialToken"].get("id") if "SpecialToken" in step else None for step in steps]
-    at = texts.index(None) if None in texts else len(texts)
-    return [str(t) for t in texts[:at]], [str(t) for t in texts[at + 1 :]]
+        if kind in steps:
+            return [_first(steps[kind].get("cls"))], [_first(steps[kind].get("sep"))]
+    single = steps.get("TemplateProcessing", {}).get("single")
+    pieces = single if isinstance(single, list) else []
+    texts = [
+        _first(piece.get("SpecialToken")) if isinstance(piece, dict) and "SpecialToken" in piece else None
+        for piece in pieces
+    ]
+    text_at = texts.index(None) if None in texts else len(texts)
+    return [text for text in texts[:text_at] if text], [text for text in texts[text_at:] if text]
 
 
-def _take_template(found: dict, ids: dict, first: list | None, last: list | None, notes: list[str]) -> None:
-    """The template's first and last token are what is added, whatever role the config gives them."""
+def _first(token: Any) -> str:
+    """The text of a token written `["<s>", 0]` or `{"id": "<s>", ...}`."""
+    if isinstance(token, list) and token:
+        return str(token[0])
+    return str(token.get("id")) if isinstance(token, dict) else str(token)
+
+
+def _take_template(
+    found: dict[str, int], ids: dict[str, int], first: list | None, last: list | None, notes: list[str]
+) -> None:
+    """What tokenizer.json adds counts, whatever role tokenizer_config.json gives that token."""
     for role, tokens in (("bos", first), ("eos", last)):
         if not tokens:
             continue
         if len(tokens) > 1:
-            notes.append(f"tokenizer.json adds {len(tokens)} {role} tokens ({' '.join(tokens)}), llama.cpp only one")
-        number = ids.get(tokens[0] if role == "bos" else tokens[-1])
-        if number is None or found.get(role) == number:
+            notes.append(
+                f"tokenizer.json adds {len(tokens)} tokens where llama.cpp adds one: {' '.join(tokens)}"
+            )
+        id = ids.get(tokens[0] if role == "bos" else tokens[-1])
+        if id is None or found.get(role) == id:
             continue
         if role in found:
-            notes.append(f"{role} is id {number}, which tokenizer.json adds, not {found[role]} of tokenizer_config.json")
+            notes.append(
+                f"{role} is id {id}, which tokenizer.json adds, not {found[role]} of tokenizer_config.json"
+            )
             if role == "eos":
                 found.setdefault("eot", found["eos"])
-        found[role] = number
-
-
-def _take_number(found: dict[str, int], role: str, value: Any, size: int) -> None:
-    number = value[0] if isinstance(value, list) and value else value
-    if type(number) is int and 0 <= number < size:
-        found.setdefault(role, number)
+        found[role] = id
 
 
 def _take_other_ends(
-    found: dict[str, int], generation: dict, config: dict, ids: dict[str, int], size: int, notes: list[str]
+    found: dict[str, int], sources: list[dict], ids: dict[str, int], size: int, notes: list[str]
 ) -> None:
     """Ids that end generation besides eos: llama.cpp knows some by their text, and takes eot and eom besides."""
-    ends = [number for source in (generation, config) for number in _numbers(source.get("eos_token_id"), size)]
-    if "eos" in found and ends and found["eos"] not in ends:
-        notes.append(f"eos is id {found['eos']} by the tokenizer, {ends} by generation_config.json or config.json")
-    texts = {number: text for text, number in ids.items() if number in ends}
-    for number in dict.fromkeys(ends):
-        if number in found.values() or texts.get(number) in _ENDS_KNOWN:
+    ends = list(dict.fromkeys(id for source in sources for id in _numbers(source.get("eos_token_id"), size)))
+    if ends and found["eos"] not in ends:
+        notes.append(
+            f"eos is id {found['eos']} by the tokenizer, {ends} by config.json or generation_config.json"
+        )
+    texts = {id: text for text, id in ids.items() if id in ends}
+    for id in ends:
+        if id in found.values() or texts.get(id) in _KNOWN_ENDS:
             continue
         role = next((role for role in ("eot", "eom") if role not in found), None)
         if role is None:
-            notes.append(f"id {number} ends generation too, which GGUF has no room to say")
+            notes.append(f"id {id} ends generation too, which GGUF has no key left to say")
         else:
-            found[role] = number
+            found[role] = id
 
 
 def _numbers(value: Any, size: int) -> list[int]:
+    """The token ids in a value that may be one, a list of them, or anything else."""
     values = value if isinstance(value, list) else [value]
-    return [number for number in values if type(number) is int and 0 <= number < size]
+    return [id for id in values if type(id) is int and 0 <= id < size]
 
 
 def _adds(
-    files: TokenizerFiles, role: str, template: list[str] | None, found: dict[str, int], default: bool, notes: list[str]
+    files: TokenizerFiles,
+    role: str,
+    added: list[str] | None,
+    found: dict[str, int],
+    default: bool,
+    notes: list[str],
 ) -> bool:
-    """Whether transformers adds the token: an explicit flag rebuilds the template, so it goes first."""
+    """Whether transformers adds the token: a flag makes it build the template anew, so it goes first."""
     said = files.config.get(f"add_{role}_token")
-    if isinstance(said, bool):
-        answer = said
-        if template is not None and said != bool(template):
-            notes.append(f"add_{role}_token is {said} by tokenizer_config.json, though tokenizer.json's template differs")
-    else:
-        answer = bool(template) if template is not None else default
+    answer = said if isinstance(said, bool) else default if added is None else bool(added)
+    if added is not None and answer != bool(added):
+        notes.append(f"add_{role}_token is {answer} by tokenizer_config.json, though not by tokenizer.json")
     if answer and role not in found:
-        notes.append(f"add_{role}_token is true, but no file names the {role} token: not added")
+        notes.append(f"add_{role}_token is true, but no file names the {role} token: none is added")
         return False
     return answer

@@ -23,6 +23,7 @@ def plan_gguf(model: str | Path, out: str | Path, recipe: Recipe) -> Plan:
     can be refused before a weight is read.
     """
     checkpoint = Checkpoint.open(model)
+    checkpoint.require_plain()
     config = Config(checkpoint.config)
     architecture = find_architecture(config)
     notes = architecture.check_config(config)

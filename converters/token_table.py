@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from enum import IntEnum
 
 from llmcompress.converters.tokenizer_files import AddedToken
 from llmcompress.errors import TokenizerError
+
+_LARGEST = 1 << 21  # rows; eight times the largest vocabulary there is
 
 
 class TokenType(IntEnum):
@@ -21,59 +25,88 @@ class TokenType(IntEnum):
 
 _ADDED_SCORE = -1000.0
 
-# Tokens of a tokenizer that does not call them special, though no text should ever be read as one of them.
+# Added tokens that no text should be read as, though their tokenizers do not call them special.
 _CONTROL_TEXTS = {"<pad>", "<mask>", "<2mass>", "[@BOS@]"}
 _CONTROL_ENDS = (("<|", "|>"), ("<｜", "｜>"), ("<unused", ">"))
+
+
+def looks_special(text: str) -> bool:
+    """Whether llama.cpp's converter takes an added token for a control token by its text alone."""
+    return text in _CONTROL_TEXTS or any(text.startswith(a) and text.endswith(z) for a, z in _CONTROL_ENDS)
 
 
 class TokenTable:
     """Gathers tokens, whatever order they come in, and never more than the embedding has rows for.
 
-    `ids` maps each token as Hugging Face spells it to its id. Raises TokenizerError for ids out of range.
+    `ids` maps each token as Hugging Face spells it to its id. `where` begins the messages of the TokenizerErrors
+    that ids out of range, ids with two tokens, and tokens with two ids raise.
     """
 
     def __init__(self, rows: int, where: str) -> None:
+        if rows > _LARGEST:
+            raise TokenizerError(
+                f"{where}: an embedding of {rows} rows, the limit is {_LARGEST}; check vocab_size"
+            )
         self.rows = rows
         self.where = where
         self.texts: list[str | None] = []
         self.types: list[int] = []
         self.scores: list[float] = []
         self.ids: dict[str, int] = {}
-        self.left_out: list[str] = []
+        self.notes: list[str] = []
 
-    def put(self, number: int, text: str, kind: int, score: float = 0.0) -> None:
+    def put(self, id: int, text: str, kind: int, score: float = 0.0) -> None:
         """Adds a token of the model's own vocabulary."""
-        if type(number) is not int or not 0 <= number < self.rows:
+        if type(id) is not int or not 0 <= id < self.rows:
             raise TokenizerError(
-                f"{self.where}: token {text[:40]!r} has id {number!r}, but the embedding has {self.rows} rows; "
-                "the tokenizer belongs to another model, or config.json's vocab_size is wrong"
+                f"{self.where}: token {text[:40]!r} has id {str(id)[:40]}, but the embedding has {self.rows} rows; "
+                "the tokenizer is another model's, or config.json's vocab_size is wrong"
             )
-        if number < len(self.texts) and self.texts[number] is not None:
+        if id < len(self.texts) and self.texts[id] is not None:
             raise TokenizerError(
-                f"{self.where}: tokens {self.texts[number]!r} and {text!r} both have id {number}; fetch the file again"
+                f"{self.where}: {self.texts[id]!r} and {text[:40]!r} both have id {id}; fetch it again"
             )
-        self._store(number, text, text, kind, score)
+        self._store(id, text, kind, score)
 
-    def put_added(self, token: AddedToken) -> None:
-        """Adds an added token, in place of the model's own of that id. One past the embedding, which the model
-        could not read, is left out."""
-        if token.id >= self.rows:
-            self.left_out.append(token.content)
-            return
-        if token.id < 0:
-            raise TokenizerError(f"{self.where}: added token {token.content!r} has id {token.id}; fetch the file again")
-        known = token.id < len(self.types) and self.texts[token.id] is not None
-        kind, score = (self.types[token.id], self.scores[token.id]) if known else (TokenType.NORMAL, _ADDED_SCORE)
+    def put_all_added(self, tokens: list[AddedToken]) -> None:
+        """Adds added tokens, in place of the model's own of the same ids. Those past the embedding, which the model
+        could not read, are left out with a note."""
+        outside = [token.content for token in tokens if token.id >= self.rows]
+        if outside:
+            self.notes.append(
+                f"{len(outside)} added tokens have ids past the embedding's {self.rows} rows and are left out: "
+                f"{' '.join(outside[:4])}"
+            )
+        inside = [token for token in tokens if token.id < self.rows]
+        for id, count in Counter(token.id for token in inside).items():
+            if count > 1:
+                raise TokenizerError(f"{self.where}: {count} added tokens have id {id}; remove all but one")
+        for token in inside:
+            self._put_added(token)
+
+    def _put_added(self, token: AddedToken) -> None:
+        kind, score = TokenType.NORMAL, _ADDED_SCORE
+        if token.id < len(self.texts) and self.texts[token.id] is not None:
+            kind, score = self.types[token.id], self.scores[token.id]
+            if self.ids.get(token.content) != token.id:
+                self.notes.append(
+                    f"id {token.id} is the added token {token.content!r}, not {self.texts[token.id]!r}"
+                )
         if kind not in (TokenType.UNKNOWN, TokenType.CONTROL):
-            kind = TokenType.CONTROL if token.special or looks_special(token.content) else TokenType.USER_DEFINED
-        # llama.cpp looks for user-defined tokens before it turns spaces into ▁.
-        text = token.content.replace("▁", " ") if kind == TokenType.USER_DEFINED else token.content
-        self._store(token.id, token.content, text, kind, score)
+            control = token.special or looks_special(token.content)
+            kind = TokenType.CONTROL if control else TokenType.USER_DEFINED
+        self._store(token.id, token.content, kind, score)
 
-    def _store(self, number: int, name: str, text: str, kind: int, score: float) -> None:
-        self._reach(number + 1)
-        self.texts[number], self.types[number], self.scores[number] = text, int(kind), score
-        self.ids[name] = number
+    def _store(self, id: int, text: str, kind: int, score: float) -> None:
+        if self.ids.setdefault(text, id) != id:
+            raise TokenizerError(
+                f"{self.where}: ids {self.ids[text]} and {id} are both {text[:40]!r}, which llama.cpp refuses to load; "
+                "rename one of them"
+            )
+        self._reach(id + 1)
+        # llama.cpp looks for user-defined tokens in the text before it turns spaces into ▁.
+        self.texts[id] = text.replace("▁", " ") if kind == TokenType.USER_DEFINED else text
+        self.types[id], self.scores[id] = int(kind), score
 
     def _reach(self, size: int) -> None:
         missing = max(size - len(self.texts), 0)
@@ -81,31 +114,34 @@ class TokenTable:
         self.types += [int(TokenType.UNUSED)] * missing
         self.scores += [_ADDED_SCORE] * missing
 
-    def fill(self, pad: bool) -> int:
-        """Names the holes, and with `pad` the embedding's rows after the last token, `[PAD<id>]`; their number."""
+    def make_control(self, id: int) -> None:
+        """Marks a token as special that no file called so."""
+        if self.types[id] in (TokenType.NORMAL, TokenType.USER_DEFINED):
+            self.types[id] = int(TokenType.CONTROL)
+
+    def finish(self, pad: bool) -> None:
+        """Names the holes, and with `pad` the embedding's rows past the last token, `[PAD<id>]`, as llama.cpp's
+        converter does, and checks the whole."""
         if pad:
             self._reach(self.rows)
-        holes = [number for number, text in enumerate(self.texts) if text is None]
-        for number in holes:
-            self.texts[number] = f"[PAD{number}]"
-        return len(holes)
+        holes = [id for id, text in enumerate(self.texts) if text is None]
+        for id in holes:
+            self.texts[id] = f"[PAD{id}]"
+        if holes:
+            self.notes.append(f"{len(holes)} ids without a token are named [PAD...] and marked unused")
+        self._check()
 
-    def check(self) -> None:
-        """Raises TokenizerError for what llama.cpp refuses: two tokens of one text, or text that is not Unicode."""
+    def _check(self) -> None:
         if len(set(self.texts)) < len(self.texts):
-            seen: dict[str, int] = {}
-            for number, text in enumerate(self.texts):
-                if seen.setdefault(text, number) != number:
-                    raise TokenizerError(
-                        f"{self.where}: ids {seen[text]} and {number} are both {text!r}, which llama.cpp refuses to "
-                        "load; rename one of them"
-                    )
+            text, count = Counter(self.texts).most_common(1)[0]
+            raise TokenizerError(
+                f"{self.where}: {count} tokens are {text[:40]!r}, which llama.cpp refuses to load"
+            )
         try:
             "".join(self.texts).encode("utf-8")
         except UnicodeEncodeError as error:
-            raise TokenizerError(f"{self.where}: a token is not valid Unicode ({error.reason}); fetch the file again") from None
-
-
-def looks_special(text: str) -> bool:
-    """Whether llama.cpp's converter takes an added token for a control token by its text alone."""
-    return text in _CONTROL_TEXTS or any(text.startswith(a) and text.endswith(z) for a, z in _CONTROL_ENDS)
+            raise TokenizerError(
+                f"{self.where}: a token is not Unicode ({error.reason}); fetch it again"
+            ) from None
+        if not all(map(math.isfinite, self.scores)):
+            raise TokenizerError(f"{self.where}: a token's score is no number; fetch the file again")

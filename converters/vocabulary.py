@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from llmcompress.converters.chat_template import DEFAULT
+from llmcompress.converters.normalization import Normalization
 from llmcompress.converters.special_tokens import KEYS, SpecialTokens
 from llmcompress.gguf.value import Metadata, ValueType, array, boolean, string, u32
 
@@ -16,9 +17,8 @@ from llmcompress.gguf.value import Metadata, ValueType, array, boolean, string, 
 class Vocabulary:
     """Tokens in the order of their ids, and what else llama.cpp needs to cut text into them.
 
-    `model` is llama.cpp's algorithm: "gpt2" has merges, "llama" and "t5" have scores. `charsmap` is SentencePiece's
-    precompiled normalisation, which "t5" applies. `notes` are for the user: how the pre-tokenizer was found, what
-    was padded or left out, where llama.cpp does not do all that the tokenizer asks for.
+    `model` is llama.cpp's algorithm: "gpt2" has merges, "llama" and "t5" have scores. `notes` are for the user: how
+    the pre-tokenizer was found, what was padded or left out, where llama.cpp does not do all the tokenizer asks for.
     """
 
     model: str
@@ -28,32 +28,36 @@ class Vocabulary:
     scores: list[float] | None
     merges: list[str] | None
     special: SpecialTokens
-    add_space_prefix: bool
-    remove_extra_whitespaces: bool
-    charsmap: bytes
+    normalization: Normalization
     chat_templates: dict[str, str]
     notes: tuple[str, ...]
 
     def metadata(self) -> Metadata:
         """Every `tokenizer.*` key."""
-        return {f"tokenizer.{key}": value for key, value in (self._ggml() | self._templates()).items()}
+        keys = {f"ggml.{key}": value for key, value in self._ggml().items()} | self._templates()
+        return {f"tokenizer.{key}": value for key, value in keys.items()}
 
     def _ggml(self) -> Metadata:
-        keys = {"model": string(self.model), "pre": string(self.pre), "tokens": array(ValueType.STRING, self.tokens)}
+        keys = {
+            "model": string(self.model),
+            "pre": string(self.pre),
+            "tokens": array(ValueType.STRING, self.tokens),
+            "token_type": array(ValueType.INT32, self.token_types),
+        }
         if self.scores is not None:
             keys["scores"] = array(ValueType.FLOAT32, self.scores)
-        keys["token_type"] = array(ValueType.INT32, self.token_types)
         if self.merges is not None:
             keys["merges"] = array(ValueType.STRING, self.merges)
-        keys |= {KEYS[role]: u32(number) for role, number in self.special.ids.items()}
+        keys |= {KEYS[role]: u32(id) for role, id in self.special.ids.items()}
+        # llama.cpp has defaults for these that go by the pre-tokenizer's name, so they are always said.
         keys["add_bos_token"] = boolean(self.special.add_bos)
         keys["add_eos_token"] = boolean(self.special.add_eos)
-        keys["add_space_prefix"] = boolean(self.add_space_prefix)
+        keys["add_space_prefix"] = boolean(self.normalization.add_space_prefix)
         if self.model == "t5":
-            keys["remove_extra_whitespaces"] = boolean(self.remove_extra_whitespaces)
-            if self.charsmap:
-                keys["precompiled_charsmap"] = array(ValueType.UINT8, self.charsmap)
-        return {f"ggml.{key}": value for key, value in keys.items()}
+            keys["remove_extra_whitespaces"] = boolean(self.normalization.remove_extra_whitespaces)
+            if self.normalization.charsmap:
+                keys["precompiled_charsmap"] = array(ValueType.UINT8, self.normalization.charsmap)
+        return keys
 
     def _templates(self) -> Metadata:
         named = [name for name in self.chat_templates if name != DEFAULT]

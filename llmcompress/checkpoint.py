@@ -55,7 +55,6 @@ class Checkpoint:
             if not config_file.is_file():
                 raise CheckpointError(f"{directory}: no config.json; fetch it from the model's page")
             config = read_object(config_file)
-            _refuse_quantized(config, config_file)
             index = _sharded_index(weights) if weights.suffix == ".json" else read_index(weights)
             return cls(directory, config, index)
         except OSError as error:
@@ -104,6 +103,16 @@ class Checkpoint:
         for name, tensor in sorted(self.index.items()):
             digest.update(repr((name, tensor.shape, tensor.dtype, tensor.file.name, tensor.offset)).encode())
         return digest.hexdigest()
+
+    def require_plain(self) -> None:
+        """Raise CheckpointError where config.json says that the weights are quantized."""
+        for part in (self.config, self.config.get("text_config")):
+            if isinstance(part, dict) and (quantization := part.get("quantization_config")):
+                method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+                raise CheckpointError(
+                    f"{self.directory / 'config.json'}: the weights are already quantized ({shown(method)}), which "
+                    "cannot be decoded yet; give the unquantized model"
+                )
 
     def close(self) -> None:
         """Close the files. A later read opens them again."""
@@ -186,16 +195,6 @@ def _what_lies_there(directory: Path) -> str:
     if name := first("consolidated*") or first("*.safetensors") or first("*.bin") or first("*.h5"):
         return f"holds {name}, but none of {', '.join(_LAYOUTS)}; save the model with save_pretrained first"
     return f"no weights; a model directory holds one of {', '.join(_LAYOUTS)}"
-
-
-def _refuse_quantized(config: dict[str, Any], file: Path) -> None:
-    for part in (config, config.get("text_config")):
-        if isinstance(part, dict) and (quantization := part.get("quantization_config")):
-            method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-            raise CheckpointError(
-                f"{file}: the weights are already quantized ({shown(method)}), which cannot be decoded yet; "
-                "give the unquantized model"
-            )
 
 
 def _sharded_index(file: Path) -> dict[str, TensorInfo]:

@@ -211,14 +211,6 @@ SPOILED = {
     "no index": (lambda d: (d / LAYOUTS[1]).unlink(), "without their index; fetch"),
     "no config": (lambda d: (d / "config.json").unlink(), "no config.json"),
     "a config cut short": (lambda d: (d / "config.json").write_text("{"), "config.json: not valid JSON"),
-    "a quantized model": (
-        lambda d: (d / "config.json").write_text('{"quantization_config": {"quant_method": "gptq"}}'),
-        "already quantized \\('gptq'\\)",
-    ),
-    "a quantized text part": (
-        lambda d: (d / "config.json").write_text('{"text_config": {"quantization_config": "fp8"}}'),
-        "already quantized \\('fp8'\\)",
-    ),
     "Git LFS pointers": (
         lambda d: (d / FIRST).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0"),
         "a Git LFS pointer",
@@ -233,6 +225,19 @@ def test_spoiled_directories(tmp_path, spoil, message):
     with pytest.raises(CheckpointError, match=message) as caught:
         Checkpoint.open(directory)
     assert str(directory) in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "config, method",
+    [({"quantization_config": {"quant_method": "gptq"}}, "gptq"), ({"text_config": {"quantization_config": "fp8"}}, "fp8")],
+)
+def test_quantized_weights_are_listed_but_not_plain(tmp_path, config, method):
+    directory = write(tmp_path / "tiny", LAYOUTS[1])
+    (directory / "config.json").write_text(json.dumps(config))
+    checkpoint = Checkpoint.open(directory)
+    assert checkpoint.index
+    with pytest.raises(CheckpointError, match=f"already quantized \\('{method}'\\)"):
+        checkpoint.require_plain()
 
 
 OTHERS = {

@@ -210,7 +210,7 @@ ARCHIVES = {
     "no storage": ({"data/0": None}, "no entry 'x/data/0'"),
     "a storage cut short": ({"data/0": bytes(20)}, "claims 24 bytes, 20 are there"),
     "a tensor too large": ({"data.pkl": one_tensor(b"K\x00K\x07\x85K\x01\x85\x89)")}, "byte 28 of a storage"),
-    "an offset too large": ({"data.pkl": one_tensor(b"K\x01K\x06\x85K\x01\x85\x89)")}, "byte 28 of a storage"),
+    "an offset beyond": ({"data.pkl": one_tensor(b"K\x01K\x06\x85K\x01\x85\x89)")}, "byte 28 of a storage"),
 }
 
 

@@ -1,2 +1,23 @@
-from llmcompress.grids import legacy, kquants
-GRIDS = {g.name: g for m in (legacy, kquants) for g in vars(m).values() if isinstance(g, legacy.Grid)}
+"""Number formats: how weights become bytes, one file per family."""
+
+from __future__ import annotations
+
+from llmcompress.errors import RecipeError, nearest
+from llmcompress.grids.floats import BF16, F16, F32
+from llmcompress.grids.grid import Grid
+from llmcompress.grids.kquants import Q2_K, Q3_K, Q4_K, Q5_K, Q6_K
+from llmcompress.grids.legacy import Q4_0, Q4_1, Q5_0, Q5_1, Q8_0
+
+GRIDS: dict[str, Grid] = {
+    grid.name: grid
+    for grid in (F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K)
+}
+
+
+def find_grid(name: str) -> Grid:
+    """The grid ggml calls `name`, in any case. Raises RecipeError for a type that cannot be written."""
+    grid = GRIDS.get(name.upper())
+    if grid is None:
+        known = ", ".join(GRIDS)
+        raise RecipeError(f"no tensor type {name!r}{nearest(name, GRIDS)} (known: {known})")
+    return grid

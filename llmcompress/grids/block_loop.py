@@ -1,15 +1,17 @@
-"""The loop that all block formats share: sixteen blocks in, sixteen blocks out.
+"""The loops that all block formats share.
 
-A format brings how it weighs errors and `encode(x, w, unit, packed)`; `compile_quantizer` makes the
-kernel. In there, `x` and `w` are float32 `(block, 16)`: weight j of the block in each lane, and what its
-squared error counts. A block comes divided by a power of two, its `unit`, so that its largest weight lies
-in [1, 2): squares neither overflow nor vanish, and nothing is rounded. `packed`, uint8
+Quantizing takes sixteen blocks at a time, one to a lane. A format brings `encode(x, w, unit, parts, packed)`
+and says how errors are weighed. In there `x` and `w` are float32 `(block, 16)`: weight j of the block
+in each lane, and what its squared error counts. A block comes divided by a power of two, its `unit`, so
+that its largest weight lies in [1, 2): squares neither overflow nor vanish, and nothing is rounded.
+`parts`, float32 `(3, 16, 16)`, is room for what a format keeps for its sub-blocks; `packed`, uint8
 `(block_bytes, 16)`, takes byte i of every block.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -21,31 +23,26 @@ from llmcompress.grids.lanes import (
     absolute,
     fma,
     from_lanes,
-    half_bits,
     load,
     maximum,
     minimum,
     power_of_two,
-    rint,
-    select,
     splat,
     store,
-    store_bytes,
     to_lanes,
 )
 
-HALF_MAX = 65504.0
-
 # Numba's disk cache looks for changes only in the file a kernel stands in. Held in the closure of every
-# kernel, this hash makes it look at the files of the functions called from there as well.
-_SOURCES = hashlib.sha256(b"".join(p.read_bytes() for p in sorted(Path(__file__).parent.glob("*.py")))).hexdigest()
+# kernel, this makes it look at the files of the functions called from there as well.
+_SOURCES = hashlib.sha256(b"".join(file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py")))).digest()
 
 
-def compile_quantizer(block: int, block_bytes: int, weigh, weigh_plain, encode):
+def compile_quantizer(block: int, block_bytes: int, weigh: Callable, weigh_plain: Callable, encode: Callable):
     """The quantize kernel of a format, as `Grid` wants it; compiled when first called, then kept on disk.
 
-    `weigh(x, w, row_mean_square)` finds each weight's importance in `w` (mean 1 over the row) and
-    makes it the error's weight; `weigh_plain(x, w)` does without.
+    `weigh(x, w, row_energy)` finds the importance of each weight in `w`, its mean over the row being
+    1, and makes it the weight of its error; `row_energy` is the mean square of the whole row, in units
+    of x^2. `weigh_plain(x, w)` does without importance.
     """
     sources = _SOURCES
 
@@ -55,28 +52,41 @@ def compile_quantizer(block: int, block_bytes: int, weigh, weigh_plain, encode):
         columns, blocks = weights.shape[1], weights.size // block
         flat, flat_out = weights.reshape(-1), out.reshape(-1)
         x, w = np.empty((block, WIDTH), np.float32), np.empty((block, WIDTH), np.float32)
-        packed = np.empty((block_bytes, WIDTH), np.uint8)
+        parts, packed = np.empty((3, 16, WIDTH), np.float32), np.empty((block_bytes, WIDTH), np.uint8)
         source, target = np.empty(WIDTH, np.int64), np.empty(WIDTH, np.int64)
         if importance is not None:
-            relative, energies = relative_importance(importance), row_mean_squares(weights)
+            relative, energies = relative_importance(importance), row_energies(weights)
         for first in range(0, blocks, WIDTH):
             for lane in range(WIDTH):
-                number = min(first + lane, blocks - 1)
+                number = min(first + lane, blocks - 1)  # lanes too many repeat the last block
                 source[lane], target[lane] = number * block, number * block_bytes
             gather(flat, source, x, block)
             unit = normalize(x, block)
             if importance is None:
                 weigh_plain(x, w)
             else:
-                energy = lane_energies(energies, source, columns, w) / unit / unit
-                for lane in range(WIDTH):
-                    source[lane] %= columns
+                energy = minimum(lane_energies(energies, source, columns, w) / unit / unit, 1e30)
+                source %= columns
                 gather(relative, source, w, block)
-                weigh(x, w, minimum(energy, 1e30))
-            encode(x, w, unit, packed)
+                weigh(x, w, energy)
+            encode(x, w, unit, parts, packed)
             scatter(flat_out, target, packed, block_bytes)
 
     return quantize
+
+
+def compile_dequantizer(block: int, block_bytes: int, decode: Callable):
+    """The dequantize kernel of a format: `decode(data, values)` for uint8 and float32 of one block."""
+    sources = _SOURCES
+
+    @njit(cache=True, nogil=True, error_model="numpy")
+    def dequantize(data, out):
+        sources  # noqa: B018
+        blocks, values = data.reshape(-1, block_bytes), out.reshape(-1, block)
+        for number in range(len(blocks)):
+            decode(blocks[number], values[number])
+
+    return dequantize
 
 
 @register_jitable
@@ -87,6 +97,7 @@ def gather(flat, offsets, rows, block):
 
 @register_jitable
 def scatter(flat, offsets, packed, block_bytes):
+    """The last sixteen bytes of a block may overlap those before."""
     for i in range(0, block_bytes - WIDTH, WIDTH):
         from_lanes(flat, offsets, packed, i)
     from_lanes(flat, offsets, packed, block_bytes - WIDTH)
@@ -107,29 +118,31 @@ def normalize(x, block):
 
 @register_jitable
 def relative_importance(importance):
-    """Importance over its mean, none below a millionth: a block of dead columns still gets its best fit."""
+    """Importance over its mean; never below a millionth, so that dead columns still get their best fit."""
     total = 0.0
     for value in importance:
         total += value
     mean = total / importance.size
     relative = np.ones(importance.size, np.float32)
-    if mean > 0.0:
+    if 0.0 < mean < np.inf:
         for j in range(importance.size):
             relative[j] = max(importance[j] / mean, 1e-6)
     return relative
 
 
 @register_jitable
-def row_mean_squares(weights):
-    """float32 `(rows,)`; computed in float64."""
+def row_energies(weights):
+    """The mean square of each row."""
     rows, columns = weights.shape
-    result = np.empty(rows, np.float32)
+    flat, sums = weights.reshape(-1), np.empty((1, WIDTH), np.float32)
+    energies = np.empty(rows, np.float32)
     for row in range(rows):
-        total = 0.0
-        for j in range(columns):
-            total += np.float64(weights[row, j]) * np.float64(weights[row, j])
-        result[row] = min(total / columns, 3e38)
-    return result
+        total = splat(0.0)
+        for j in range(row * columns // WIDTH, (row + 1) * columns // WIDTH):
+            total = fma(load(flat, j), load(flat, j), total)
+        store(sums, 0, total)
+        energies[row] = sums.sum() / np.float32(columns)
+    return energies
 
 
 @register_jitable
@@ -137,33 +150,3 @@ def lane_energies(energies, source, columns, scratch):
     for lane in range(WIDTH):
         scratch[0, lane] = energies[source[lane] // columns]
     return load(scratch, 0)
-
-
-@register_jitable
-def clamped_rint(value, low, high):
-    return minimum(maximum(rint(value), low), high)
-
-
-@register_jitable
-def divide(a, b):
-    """a / b, or 0 where b is not positive."""
-    return select(b > 0.0, a / b, 0.0)
-
-
-@register_jitable
-def round_to_half(value):
-    """The nearest float16, as float32: saturated where it would be infinite, ties to even."""
-    value = minimum(maximum(value, -HALF_MAX), HALF_MAX)
-    # Adding 2^13 times the leading bit and taking it away again leaves float16's 11 bits, and steps
-    # of 2^-24 where it is subnormal.
-    shift = power_of_two(maximum(absolute(value), 2.0**-14)) * 8192.0
-    return (value + shift) - shift
-
-
-@register_jitable
-def store_half(packed, i, half):
-    """Write float16 values as bytes i and i + 1, low byte first."""
-    bits = half_bits(half)
-    high = rint(fma(bits, 1 / 256, -0.498046875))
-    store_bytes(packed, i, fma(high, -256.0, bits))
-    store_bytes(packed, i + 1, high)

@@ -1,14 +1,162 @@
-from numba.extending import register_jitable
+"""F32, F16 and BF16, and reading them.
+
+Rounding is to nearest, ties to even. Infinity is never written: a finite value beyond the format's
+range becomes its largest finite one, and `count_saturated` tells how many did. NaN stays NaN; whoever
+reads weights asks `first_nonfinite` first.
+"""
+
+from __future__ import annotations
+
 import numpy as np
+from numba import njit
+from numba.extending import register_jitable
+
+from llmcompress.grids.grid import Grid
+
+_CHUNK = 4096
+
+_LARGEST = {"F32": float(np.finfo(np.float32).max), "F16": 65504.0, "BF16": 3.3895313892515355e38}
+
+
+def to_float32(raw: np.ndarray, dtype: str) -> np.ndarray:
+    """Contiguous `raw` as float32 of the same shape; F32 is returned as it is, not copied.
+
+    `dtype` is "F32", "F16" or "BF16"; `raw` then float32, float16, or uint16 (the bits of bfloat16).
+    """
+    if dtype == "F32":
+        return raw
+    values = np.empty(raw.shape, np.float32)
+    {"F16": _halves_to_float, "BF16": _brains_to_float}[dtype](_words(raw), values.reshape(-1))
+    return values
+
+
+def first_nonfinite(raw: np.ndarray, dtype: str) -> int:
+    """Flat index of the first NaN or infinity in contiguous `raw` (as for `to_float32`); -1 if there is none."""
+    words = raw.reshape(-1).view(np.uint32) if dtype == "F32" else _words(raw)
+    exponent = {"F32": np.uint32(0x7F800000), "F16": np.uint16(0x7C00), "BF16": np.uint16(0x7F80)}[dtype]
+    return int(_first_with_bits(words, exponent))
+
+
+def count_saturated(values: np.ndarray, dtype: str) -> int:
+    """How many finite values in a float32 array the rounding to "F16" or "BF16" cuts to its largest one."""
+    # Values up to half a step beyond the largest round down to it by themselves.
+    limit = {"F32": np.inf, "F16": 65520.0, "BF16": 3.3961775292304601e38}[dtype]
+    return int(_count_from(np.ascontiguousarray(values, np.float32).reshape(-1), np.float32(limit)))
+
+
+def _words(raw: np.ndarray) -> np.ndarray:
+    return raw.reshape(-1).view(np.uint16)
+
+
 @register_jitable
-def half_to_float(low, high):
-    """The float16 in two bytes, low byte first, as float32."""
-    bits = np.uint32(low) | (np.uint32(high) << np.uint32(8))
-    exponent = (bits >> np.uint32(10)) & np.uint32(31)
-    fraction = bits & np.uint32(1023)
-    if exponent == np.uint32(0):
-        size = np.float32(fraction) * np.float32(2.0**-24)
-    else:
-        shift = np.uint32(224 if exponent == np.uint32(31) else 112)
-        size = (((exponent + shift) << np.uint32(23)) | (fraction << np.uint32(13))).view(np.float32)
-    return -size if bits & np.uint32(0x8000) else size
+def half_to_float(bits):
+    """The float16 with these bits (uint32) as float32."""
+    exponent, fraction = (bits >> 10) & 31, bits & 1023
+    bias = 224 if exponent == 31 else 112
+    normal = np.uint32(((exponent + bias) << 23) | (fraction << 13)).view(np.float32)
+    size = np.float32(fraction) * np.float32(2.0**-24) if exponent == 0 else normal
+    return -size if bits & 0x8000 else size
+
+
+@register_jitable
+def read_half(data, i):
+    """The float16 in bytes i and i + 1, low byte first, as float32."""
+    return half_to_float(np.uint32(data[i] | data[i + 1] << 8))
+
+
+@njit(cache=True, nogil=True)
+def _halves_to_float(words, values):
+    for i in range(words.size):
+        values[i] = half_to_float(np.uint32(words[i]))
+
+
+@njit(cache=True, nogil=True)
+def _brains_to_float(words, values):
+    bits = values.view(np.uint32)
+    for i in range(words.size):
+        bits[i] = np.uint32(words[i]) << np.uint32(16)
+
+
+@njit(cache=True, nogil=True)
+def _first_with_bits(words, exponent):
+    """Index of the first word with all bits of `exponent`; the chunk is the step of the early end."""
+    for start in range(0, words.size, _CHUNK):
+        stop = min(start + _CHUNK, words.size)
+        found = False
+        for i in range(start, stop):
+            found |= (words[i] & exponent) == exponent
+        if found:
+            for i in range(start, stop):
+                if (words[i] & exponent) == exponent:
+                    return i
+    return -1
+
+
+@njit(cache=True, nogil=True)
+def _count_from(values, limit):
+    count = 0
+    for value in values:
+        count += limit <= abs(value) < np.inf
+    return count
+
+
+@njit(cache=True, nogil=True)
+def _quantize_f32(weights, importance, out):
+    out.reshape(-1)[:] = weights.reshape(-1).view(np.uint8)
+
+
+@njit(cache=True, nogil=True)
+def _dequantize_f32(data, out):
+    out.reshape(-1).view(np.uint8)[:] = data.reshape(-1)
+
+
+@register_jitable
+def half_bits_of(bits):
+    """The float16 bits of a float32 with these bits (uint32)."""
+    sign, size = bits >> 16 & 0x8000, bits & 0x7FFFFFFF
+    # Half a step less one, plus the last bit that stays, rounds ties to even.
+    rounded = (size + 0xFFF + (size >> 13 & 1)) >> 13
+    half = min(rounded - (112 << 10), 0x7BFF)
+    # Below the least normal float16, adding 1/2 leaves a float32 whose last bits count steps of 2^-24.
+    if size < 113 << 23:
+        half = (np.uint32(size).view(np.float32) + np.float32(0.5)).view(np.uint32) & 0x7FF
+    if size > 0x7F800000:
+        half = 0x7E00
+    return np.uint16(sign | half)
+
+
+@njit(cache=True, nogil=True)
+def _quantize_f16(weights, importance, out):
+    bits, halves = weights.reshape(-1).view(np.uint32), out.reshape(-1).view(np.uint16)
+    for i in range(bits.size):
+        halves[i] = half_bits_of(bits[i])
+
+
+@njit(cache=True, nogil=True)
+def _dequantize_f16(data, out):
+    _halves_to_float(data.reshape(-1).view(np.uint16), out.reshape(-1))
+
+
+@register_jitable
+def brain_bits_of(bits):
+    """The bfloat16 bits of a float32 with these bits (uint32)."""
+    sign, size = bits >> 16 & 0x8000, bits & 0x7FFFFFFF
+    rounded = (size + 0x7FFF + (size >> 16 & 1)) >> 16
+    return np.uint16(sign | (0x7FC0 if size > 0x7F800000 else min(rounded, 0x7F7F)))
+
+
+@njit(cache=True, nogil=True)
+def _quantize_bf16(weights, importance, out):
+    bits, brains = weights.reshape(-1).view(np.uint32), out.reshape(-1).view(np.uint16)
+    for i in range(bits.size):
+        brains[i] = brain_bits_of(bits[i])
+
+
+@njit(cache=True, nogil=True)
+def _dequantize_bf16(data, out):
+    _brains_to_float(data.reshape(-1).view(np.uint16), out.reshape(-1))
+
+
+F32 = Grid("F32", 0, 1, 4, _quantize_f32, _dequantize_f32)
+F16 = Grid("F16", 1, 1, 2, _quantize_f16, _dequantize_f16)
+BF16 = Grid("BF16", 30, 1, 2, _quantize_bf16, _dequantize_bf16)

@@ -1,46 +1,54 @@
-"""Q2_K, Q4_K, Q5_K: 256 weights in sub-blocks, each with a small scale and a small minimum.
+"""Q2_K, Q3_K, Q4_K, Q5_K, Q6_K: 256 weights in sub-blocks, whose scales are whole numbers too.
 
-Weight = d * scale * code - dmin * minimum, d and dmin in float16.
+weight = d scale code - dmin minimum (Q2_K, Q4_K, Q5_K) or d scale code (Q3_K, Q6_K), d and dmin in float16.
+Layouts: `ggml-common.h` of llama.cpp. Errors are weighed as in llama.cpp's `quantize_row_*`, with and
+without importance.
 """
 
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 from numba.extending import register_jitable
 
-from llmcompress.grids.block_loop import (
-    clamped_rint,
-    compile_quantizer,
-    divide,
-    round_to_half,
-    store_half,
-)
-from llmcompress.grids.floats import half_to_float
+from llmcompress.grids.block_loop import compile_dequantizer, compile_quantizer
+from llmcompress.grids.floats import read_half
 from llmcompress.grids.grid import Grid
-from llmcompress.grids.lanes import WIDTH, absolute, fma, load, maximum, minimum, select, splat, sqrt, store, store_bytes
-from llmcompress.grids.scale_search import affine_sums, fit_affine, fit_scale, scale_sums, weight_sums
+from llmcompress.grids.lanes import absolute, fma, load, splat, sqrt, store, store_bytes
+from llmcompress.grids.rounding import split_code, store_half
+from llmcompress.grids.super_blocks import (
+    encode_affine_parts,
+    encode_scaled_parts,
+    fit_affine_parts,
+    fit_scaled_parts,
+)
 
 BLOCK = 256
-ROUNDS = 1
-REFINEMENTS = 2
-TOPS_3 = np.array([[0.0, 2.1], [0.0, 3.0]], np.float32)
-TOPS_15 = np.array([[0.0, 14.5], [0.0, 15.0], [0.0, 15.5]], np.float32)
-TOPS_31 = np.array([[0.0, 30.2], [0.0, 30.6], [0.0, 31.0], [0.0, 31.4]], np.float32)
-TOPS_63 = np.array([62.0, 62.25, 62.5, 62.75, 63.0, 63.3], np.float32)
-SCALE_TOPS_15 = np.array([14.0, 14.25, 14.5, 14.75, 15.0, 15.3], np.float32)
-Q6_TOPS = np.array([-32.6, -32.2, -31.8, -31.4, 31.2, 31.6, 32.0], np.float32)
-Q6_SCALE_TOPS = np.array([-128.2, -127.8, -127.4, -127.0, -126.5, -126.0], np.float32)
-Q3_TOPS = np.array([-4.6, -4.3, -4.0, -3.7, -3.4, 3.0, 3.3, 3.6, 2.7], np.float32)
-Q3_SCALE_TOPS = np.array([-32.2, -31.9, -31.6, -31.3, -31.0, 30.7, 31.0, 31.3], np.float32)
+
+
+def _ends(least: tuple[float, ...], most: tuple[float, ...]) -> np.ndarray:
+    return np.array([(a, b) for a in least for b in most], np.float32)
+
+
+# Where the searches lay the ends of a sub-block's range (`ends`, `tops` in scale_search), found by trial.
+ENDS_2 = _ends((-0.6, -0.2, 0.2), (2.8, 3.2, 3.6))
+ENDS_4 = _ends((-0.7, -0.2, 0.2, 0.6), (14.5, 14.9, 15.3, 15.7))
+ENDS_5 = _ends((-0.7, -0.2, 0.2, 0.6), (30.5, 30.9, 31.3, 31.7))
+TOPS_3 = np.array([-4.8, -4.44, -4.08, -3.72, -3.36, -3.0, 2.3, 2.65, 3.0, 3.35, 3.7], np.float32)
+TOPS_6 = np.array([-32.9, -32.5, -32.1, -31.7, -31.3, -30.9, 29.9, 30.3, 30.7, 31.1, 31.5, 31.9], np.float32)
+
+# The same for the scales of sub-blocks.
+SCALE_TOPS_Q2_K = np.array([14.0, 14.25, 14.5, 14.75, 15.0, 15.3], np.float32)
+SCALE_TOPS_Q3_K = np.array([-32.2, -31.9, -31.6, -31.3, -31.0, 30.7, 31.0, 31.3], np.float32)
+SCALE_TOPS_Q4_K = np.array([62.0, 62.25, 62.5, 62.75, 63.0, 63.3], np.float32)
+SCALE_TOPS_Q6_K = np.array([-128.2, -127.8, -127.4, -127.0, -126.5, -126.0], np.float32)
 
 
 @register_jitable
-def mean_square(x):
+def sum_of_squares(x, start, stop):
     total = splat(0.0)
-    for j in range(BLOCK):
+    for j in range(start, stop):
         total = fma(load(x, j), load(x, j), total)
-    return total / 256.0
+    return total
 
 
 @register_jitable
@@ -50,18 +58,20 @@ def weigh_with_energy(x, w, energy):
 
 
 @register_jitable
-def weigh_by_mean_square(x, w, row_mean_square):
-    weigh_with_energy(x, w, mean_square(x))
+def weigh_q2_k(x, w, row_energy):
+    """w = importance sqrt(mean square of the block + x^2)."""
+    weigh_with_energy(x, w, sum_of_squares(x, 0, BLOCK) / 256.0)
 
 
 @register_jitable
-def weigh_by_twice_mean_square(x, w, row_mean_square):
-    weigh_with_energy(x, w, 2.0 * mean_square(x))
+def weigh(x, w, row_energy):
+    """w = importance sqrt(2 mean square of the block + x^2)."""
+    weigh_with_energy(x, w, sum_of_squares(x, 0, BLOCK) / 128.0)
 
 
 @register_jitable
-def weigh_by_importance(x, w, row_mean_square):
-    pass
+def weigh_q6_k(x, w, row_energy):
+    """w = importance, as it is."""
 
 
 @register_jitable
@@ -77,280 +87,217 @@ def weigh_by_square(x, w):
 
 
 @register_jitable
-def weigh_by_size_and_root(x, w):
+def weigh_by_size_and_spread(x, w):
+    """w = root mean square of the sub-block + |x|."""
     for start in range(0, BLOCK, 32):
-        total = splat(0.0)
+        spread = sqrt(sum_of_squares(x, start, start + 32) / 32.0)
         for j in range(start, start + 32):
-            total = fma(load(x, j), load(x, j), total)
-        root = sqrt(total / 32.0)
-        for j in range(start, start + 32):
-            store(w, j, root + absolute(load(x, j)))
+            store(w, j, spread + absolute(load(x, j)))
 
 
 @register_jitable
-def fit_super_affine(x, w, unit, size, high, limit, tops, scale_tops, scales, floors):
-    """Fit all; `scales`, `floors` take whole numbers (n,16). returns half d, half dmin."""
-    count = BLOCK // size
-    curves, masses = np.empty((count, WIDTH), np.float32), np.empty((count, WIDTH), np.float32)
-    for b in range(count):
-        scale, value, curve = fit_affine(x, w, b * size, size, high, 0.0, tops, ROUNDS)
-        store(scales, b, scale)
-        store(floors, b, -value)
-        store(curves, b, curve)
-        store(masses, b, weight_sums(x, w, b * size, size)[0])
-    d, _ = fit_scale(scales, curves, 0, count, 0.0, limit, scale_tops, 1)
-    dmin, _ = fit_scale(floors, masses, 0, count, 0.0, limit, scale_tops, 1)
-    half_d, half_dmin = round_to_half(d * unit), round_to_half(dmin * unit)
-    round_scales(scales, half_d / unit, count, limit)
-    round_scales(floors, half_dmin / unit, count, limit)
-    for _ in range(REFINEMENTS):
-        d, dmin = refine_super_affine(x, w, size, high, limit, half_d / unit, half_dmin / unit, scales, floors)
-        half_d, half_dmin = round_to_half(d * unit), round_to_half(dmin * unit)
-    return half_d, half_dmin
+def pack_crumbs(codes, packed, i):
+    """Byte i + 32 h + j, j < 32: codes 128 h + j + (0, 32, 64, 96), two bits each, the first lowest."""
+    for h in range(2):
+        for k in range(128 * h, 128 * h + 32):
+            low = fma(load(codes, k + 32), 4.0, load(codes, k))
+            high = fma(load(codes, k + 96), 4.0, load(codes, k + 64))
+            store_bytes(packed, i + k - 96 * h, fma(high, 16.0, low))
 
 
 @register_jitable
-def round_scales(scales, d, count, limit):
-    inverse = divide(splat(1.0), d)
-    for b in range(count):
-        store(scales, b, clamped_rint(load(scales, b) * inverse, 0.0, limit))
+def pack_nibbles(codes, packed, i, run):
+    """Byte i + run h + j, j < run: code 2 run h + j in bits 0-3, and the one `run` later in bits 4-7."""
+    for first in range(0, BLOCK, 2 * run):
+        for j in range(run):
+            low, high = load(codes, first + j), load(codes, first + run + j)
+            store_bytes(packed, i + first // 2 + j, fma(high, 16.0, low))
 
 
 @register_jitable
-def refine_super_affine(x, w, size, high, limit, d, dmin, scales, floors):
-    count = BLOCK // size
-    inverse_dmin = divide(splat(1.0), dmin)
-    aa, ab, bb, ax, bx = splat(0.0), splat(0.0), splat(0.0), splat(0.0), splat(0.0)
-    for b in range(count):
-        middle, old = load(scales, b), load(floors, b)
-        sum_w, sum_x = weight_sums(x, w, b * size, size)
-        best_error, best, best_floor = splat(1e38), middle, old
-        best_l, best_ll, best_xl = splat(0.0), splat(0.0), splat(0.0)
-        for step in range(-1, 2):
-            candidate = minimum(maximum(middle + np.float32(step), 0.0), limit)
-            scale = d * candidate
-            inverse = divide(splat(1.0), scale)
-            sum_l, sum_ll, sum_xl = affine_sums(x, w, b * size, size, inverse, dmin * old * inverse, high)
-            floor = clamped_rint(divide(scale * sum_l - sum_x, sum_w) * inverse_dmin, 0.0, limit)
-            value = -dmin * floor
-            error = scale * (scale * sum_ll + 2.0 * (value * sum_l - sum_xl)) + value * (value * sum_w - 2.0 * sum_x)
-            better = error < best_error
-            best_error = select(better, error, best_error)
-            best, best_floor = select(better, candidate, best), select(better, floor, best_floor)
-            best_l, best_ll = select(better, sum_l, best_l), select(better, sum_ll, best_ll)
-            best_xl = select(better, sum_xl, best_xl)
-        store(scales, b, best)
-        store(floors, b, best_floor)
-        aa = fma(best * best, best_ll, aa)
-        ab = fma(best * best_floor, best_l, ab)
-        bb = fma(best_floor * best_floor, sum_w, bb)
-        ax = fma(best, best_xl, ax)
-        bx = fma(best_floor, sum_x, bx)
-    determinant = aa * bb - ab * ab
-    regular = determinant > 1e-6 * aa * bb
-    new_dmin = select(regular, (ab * ax - aa * bx) / determinant, dmin)
-    new_dmin = maximum(new_dmin, 0.0)
-    return maximum(divide(ax + new_dmin * ab, aa), 0.0), new_dmin
-
-
-@register_jitable
-def encode_super_affine(x, size, high, d, dmin, scales, floors):
-    for b in range(BLOCK // size):
-        inverse = divide(splat(1.0), d * load(scales, b))
-        floor = dmin * load(floors, b)
-        for j in range(b * size, (b + 1) * size):
-            store(x, j, clamped_rint((load(x, j) + floor) * inverse, 0.0, high))
-
-
-@register_jitable
-def fit_super_scaled(x, w, unit, low, high, least, most, tops, scale_tops, scales):
-    count = 16
-    curves = np.empty((count, WIDTH), np.float32)
-    for b in range(count):
-        scale, curve = fit_scale(x, w, b * 16, 16, low, high, tops, ROUNDS)
-        store(scales, b, scale)
-        store(curves, b, curve)
-    d, _ = fit_scale(scales, curves, 0, count, least, most, scale_tops, 1)
-    half_d = round_to_half(d * unit)
-    d = half_d / unit
-    inverse = select(absolute(d) > 0.0, 1.0 / d, 0.0)
-    for b in range(count):
-        store(scales, b, clamped_rint(load(scales, b) * inverse, least, most))
-    for _ in range(REFINEMENTS):
-        d = refine_super_scaled(x, w, low, high, least, most, half_d / unit, scales)
-        half_d = round_to_half(d * unit)
-    return half_d
-
-
-@register_jitable
-def refine_super_scaled(x, w, low, high, least, most, d, scales):
-    aa, ax = splat(0.0), splat(0.0)
-    for b in range(16):
-        middle = load(scales, b)
-        best_gain, best, best_ll, best_xl = splat(-1e38), middle, splat(0.0), splat(0.0)
-        for step in range(-1, 2):
-            candidate = minimum(maximum(middle + np.float32(step), least), most)
-            scale = d * candidate
-            inverse = select(absolute(scale) > 0.0, 1.0 / scale, 0.0)
-            sum_xl, sum_ll = scale_sums(x, w, b * 16, 16, inverse, low, high)
-            gain = scale * (2.0 * sum_xl - scale * sum_ll)
-            better = gain > best_gain
-            best_gain = select(better, gain, best_gain)
-            best, best_ll = select(better, candidate, best), select(better, sum_ll, best_ll)
-            best_xl = select(better, sum_xl, best_xl)
-        store(scales, b, best)
-        aa = fma(best * best, best_ll, aa)
-        ax = fma(best, best_xl, ax)
-    return select(aa > 0.0, ax / aa, d)
-
-
-@register_jitable
-def encode_super_scaled(x, low, high, d, scales):
-    for b in range(16):
-        scale = d * load(scales, b)
-        inverse = select(absolute(scale) > 0.0, 1.0 / scale, 0.0)
-        for j in range(b * 16, (b + 1) * 16):
-            store(x, j, clamped_rint(load(x, j) * inverse, low, high) - low)
-
-
-@register_jitable
-def pack_six_bits(scales, floors, packed, i):
-    """
-    byte b      (b < 4): scale b in bits 0-5, top two bits of scale b + 4 above
-    byte 4 + b  (b < 4): minimum b in bits 0-5, top two bits of minimum b + 4 above
-    byte 8 + b  (b < 4): low four bits of scale b + 4, then of minimum b + 4
-    """
-    for b in range(4):
-        scale_top = rint_floor(load(scales, b + 4) / 16.0)
-        floor_top = rint_floor(load(floors, b + 4) / 16.0)
-        store_bytes(packed, i + b, fma(scale_top, 64.0, load(scales, b)))
-        store_bytes(packed, i + 4 + b, fma(floor_top, 64.0, load(floors, b)))
-        scale_low = fma(scale_top, -16.0, load(scales, b + 4))
-        floor_low = fma(floor_top, -16.0, load(floors, b + 4))
-        store_bytes(packed, i + 8 + b, fma(floor_low, 16.0, scale_low))
-
-
-@register_jitable
-def rint_floor(value):
-    """floor of multiples of 1/16"""
-    return clamped_rint(value - 0.46875, -1e9, 1e9)
-
-
-@register_jitable
-def encode_q4_k(x, w, unit, packed):
-    scales, floors = np.empty((8, WIDTH), np.float32), np.empty((8, WIDTH), np.float32)
-    d, dmin = fit_super_affine(x, w, unit, 32, 15.0, 63.0, TOPS_15, TOPS_63, scales, floors)
-    encode_super_affine(x, 32, 15.0, d / unit, dmin / unit, scales, floors)
-    store_half(packed, 0, d)
-    store_half(packed, 2, dmin)
-    pack_six_bits(scales, floors, packed, 4)
-    for half in range(4):
-        for j in range(32):
-            low, high = load(x, 64 * half + j), load(x, 64 * half + 32 + j)
-            store_bytes(packed, 16 + 32 * half + j, fma(high, 16.0, low))
-
-
-@register_jitable
-def encode_q5_k(x, w, unit, packed):
-    scales, floors = np.empty((8, WIDTH), np.float32), np.empty((8, WIDTH), np.float32)
-    d, dmin = fit_super_affine(x, w, unit, 32, 31.0, 63.0, TOPS_31, TOPS_63, scales, floors)
-    encode_super_affine(x, 32, 31.0, d / unit, dmin / unit, scales, floors)
-    store_half(packed, 0, d)
-    store_half(packed, 2, dmin)
-    pack_six_bits(scales, floors, packed, 4)
+def pack_top_bits(codes, packed, i, step):
+    """Byte i + j, j < 32: bit b is code 32 b + j // step. Leaves the rest in `codes`."""
     for j in range(32):
         byte = splat(0.0)
         for b in range(8):
-            code = load(x, 32 * b + j)
-            high = code > 15.0
-            byte = select(high, byte + np.float32(1 << b), byte)
-            store(x, 32 * b + j, select(high, code - 16.0, code))
-        store_bytes(packed, 16 + j, byte)
-    for half in range(4):
-        for j in range(32):
-            low, high = load(x, 64 * half + j), load(x, 64 * half + 32 + j)
-            store_bytes(packed, 48 + 32 * half + j, fma(high, 16.0, low))
+            high, low = split_code(load(codes, 32 * b + j), step)
+            byte = fma(high, np.float32(1 << b), byte)
+            store(codes, 32 * b + j, low)
+        store_bytes(packed, i + j, byte)
 
 
 @register_jitable
-def encode_q2_k(x, w, unit, packed):
-    scales, floors = np.empty((16, WIDTH), np.float32), np.empty((16, WIDTH), np.float32)
-    d, dmin = fit_super_affine(x, w, unit, 16, 3.0, 15.0, TOPS_3, SCALE_TOPS_15, scales, floors)
-    encode_super_affine(x, 16, 3.0, d / unit, dmin / unit, scales, floors)
+def pack_top_crumbs(values, packed, i, first, count):
+    """Byte i + j, j < count: bits 4-5 of values first + j + count (0, 1, 2, 3), the first lowest.
+
+    Leaves the low four bits in `values`.
+    """
+    for j in range(count):
+        byte = splat(0.0)
+        for k in range(4):
+            high, low = split_code(load(values, first + j + count * k), 16.0)
+            byte = fma(high, np.float32(1 << (2 * k)), byte)
+            store(values, first + j + count * k, low)
+        store_bytes(packed, i + j, byte)
+
+
+@register_jitable
+def pack_scales_and_minima(scales, minima, packed, i):
+    """Eight scales and eight minima of six bits in twelve bytes, b < 4:
+
+    byte i + b:      scale b in bits 0-5, bits 4-5 of scale b + 4 in bits 6-7
+    byte i + 4 + b:  the same for minima
+    byte i + 8 + b:  bits 0-3 of scale b + 4, then of minimum b + 4
+    """
+    for b in range(4):
+        scale_high, scale_low = split_code(load(scales, b + 4), 16.0)
+        least_high, least_low = split_code(load(minima, b + 4), 16.0)
+        store_bytes(packed, i + b, fma(scale_high, 64.0, load(scales, b)))
+        store_bytes(packed, i + 4 + b, fma(least_high, 64.0, load(minima, b)))
+        store_bytes(packed, i + 8 + b, fma(least_low, 16.0, scale_low))
+
+
+@register_jitable
+def unpack_scale(data, i, b):
+    """Scale b of those packed by `pack_scales_and_minima`; minimum b - 8 for b from 8 on."""
+    part = b // 8 * 4
+    if b % 8 < 4:
+        return np.float32(data[i + part + b % 8] & 63)
+    low = data[i + 8 + b % 4] >> part & 15
+    return np.float32(low | (data[i + part + b % 4] >> 6 << 4))
+
+
+# bytes 0-15: scales (bits 0-3) and minima (4-7) | 16-79: codes | 80-81: d | 82-83: dmin
+@register_jitable
+def encode_q2_k(x, w, unit, parts, packed):
+    scales, minima = parts[0], parts[1]
+    d, dmin = fit_affine_parts(x, w, unit, parts, 16, 3.0, 15.0, ENDS_2, SCALE_TOPS_Q2_K)
+    encode_affine_parts(x, scales, minima, 16, d / unit, dmin / unit, 3.0)
     for b in range(16):
-        store_bytes(packed, b, fma(load(floors, b), 16.0, load(scales, b)))
-    pack_quarters(x, packed, 16)
+        store_bytes(packed, b, fma(load(minima, b), 16.0, load(scales, b)))
+    pack_crumbs(x, packed, 16)
     store_half(packed, 80, d)
     store_half(packed, 82, dmin)
 
 
 @register_jitable
-def pack_quarters(x, packed, i):
-    for half in range(2):
-        for j in range(32):
-            k = 128 * half + j
-            low = fma(load(x, k + 32), 4.0, load(x, k))
-            high = fma(load(x, k + 96), 4.0, load(x, k + 64))
-            store_bytes(packed, i + 32 * half + j, fma(high, 16.0, low))
+def decode_q2_k(data, values):
+    d, dmin = read_half(data, 80), read_half(data, 82)
+    for b in range(16):
+        step, base = d * np.float32(data[b] & 15), dmin * np.float32(data[b] >> 4)
+        first, shift = 16 + b // 8 * 32 + b % 2 * 16, b % 8 // 2 * 2
+        for j in range(16):
+            values[16 * b + j] = step * np.float32(data[first + j] >> shift & 3) - base
 
 
+# bytes 0-31: bit 2 of codes | 32-95: bits 0-1 | 96-107: scales + 32 | 108-109: d
+# scales: byte 96 + b, b < 8, bits 0-3 of scales b and b + 8; byte 104 + b, b < 4, bits 4-5 of b + (0, 4, 8, 12)
 @register_jitable
-def encode_q3_k(x, w, unit, packed):
-    scales = np.empty((16, WIDTH), np.float32)
-    d = fit_super_scaled(x, w, unit, -4.0, 3.0, -32.0, 31.0, Q3_TOPS, Q3_SCALE_TOPS, scales)
-    encode_super_scaled(x, -4.0, 3.0, d / unit, scales)
-    for j in range(32):
-        byte = splat(0.0)
-        for b in range(8):
-            code = load(x, 32 * b + j)
-            high = code > 3.0
-            byte = select(high, byte + np.float32(1 << b), byte)
-            store(x, 32 * b + j, select(high, code - 4.0, code))
-        store_bytes(packed, j, byte)
-    pack_quarters(x, packed, 32)
+def encode_q3_k(x, w, unit, parts, packed):
+    scales = parts[0]
+    d = fit_scaled_parts(x, w, unit, parts, 16, -4.0, 3.0, -32.0, 31.0, TOPS_3, SCALE_TOPS_Q3_K)
+    encode_scaled_parts(x, scales, 16, d / unit, -4.0, 3.0)
+    pack_top_bits(x, packed, 0, 4.0)
+    pack_crumbs(x, packed, 32)
     for b in range(16):
         store(scales, b, load(scales, b) + 32.0)
-    for b in range(4):
-        top = splat(0.0)
-        for k in range(4):
-            high = rint_floor(load(scales, b + 4 * k) / 16.0)
-            store(scales, b + 4 * k, fma(high, -16.0, load(scales, b + 4 * k)))
-            top = fma(high, np.float32(1 << 2 * k), top)
-        store_bytes(packed, 104 + b, top)
+    pack_top_crumbs(scales, packed, 104, 0, 4)
     for b in range(8):
         store_bytes(packed, 96 + b, fma(load(scales, b + 8), 16.0, load(scales, b)))
     store_half(packed, 108, d)
 
 
 @register_jitable
-def encode_q6_k(x, w, unit, packed):
-    scales = np.empty((16, WIDTH), np.float32)
-    d = fit_super_scaled(x, w, unit, -32.0, 31.0, -128.0, 127.0, Q6_TOPS, Q6_SCALE_TOPS, scales)
-    encode_super_scaled(x, -32.0, 31.0, d / unit, scales)
-    for half in range(2):
+def decode_q3_k(data, values):
+    d = read_half(data, 108)
+    for b in range(16):
+        low, high = data[96 + b % 8] >> b // 8 * 4 & 15, data[104 + b % 4] >> b // 4 * 2 & 3
+        step = d * (np.float32(low | high << 4) - np.float32(32.0))
+        first, shift = 32 + b // 8 * 32 + b % 2 * 16, b % 8 // 2 * 2
+        for j in range(16):
+            top = data[b % 2 * 16 + j] >> b // 2 & 1
+            values[16 * b + j] = step * (np.float32((data[first + j] >> shift & 3) | top << 2) - np.float32(4.0))
+
+
+# bytes 0-1: d | 2-3: dmin | 4-15: scales and minima | 16-143: codes
+@register_jitable
+def encode_q4_k(x, w, unit, parts, packed):
+    scales, minima = parts[0], parts[1]
+    d, dmin = fit_affine_parts(x, w, unit, parts, 32, 15.0, 63.0, ENDS_4, SCALE_TOPS_Q4_K)
+    encode_affine_parts(x, scales, minima, 32, d / unit, dmin / unit, 15.0)
+    store_half(packed, 0, d)
+    store_half(packed, 2, dmin)
+    pack_scales_and_minima(scales, minima, packed, 4)
+    pack_nibbles(x, packed, 16, 32)
+
+
+@register_jitable
+def decode_q4_k(data, values):
+    d, dmin = read_half(data, 0), read_half(data, 2)
+    for b in range(8):
+        step, base = d * unpack_scale(data, 4, b), dmin * unpack_scale(data, 4, b + 8)
+        first, shift = 16 + b // 2 * 32, b % 2 * 4
         for j in range(32):
-            top = splat(0.0)
-            for k in range(4):
-                code = load(x, 128 * half + 32 * k + j)
-                high = rint_floor(code / 16.0)
-                store(x, 128 * half + 32 * k + j, fma(high, -16.0, code))
-                top = fma(high, np.float32(1 << 2 * k), top)
-            store_bytes(packed, 128 + 32 * half + j, top)
-        for j in range(64):
-            low, high = load(x, 128 * half + j), load(x, 128 * half + 64 + j)
-            store_bytes(packed, 64 * half + j, fma(high, 16.0, low))
+            values[32 * b + j] = step * np.float32(data[first + j] >> shift & 15) - base
+
+
+# bytes 0-1: d | 2-3: dmin | 4-15: scales and minima | 16-47: bit 4 of codes | 48-175: bits 0-3
+@register_jitable
+def encode_q5_k(x, w, unit, parts, packed):
+    scales, minima = parts[0], parts[1]
+    d, dmin = fit_affine_parts(x, w, unit, parts, 32, 31.0, 63.0, ENDS_5, SCALE_TOPS_Q4_K)
+    encode_affine_parts(x, scales, minima, 32, d / unit, dmin / unit, 31.0)
+    store_half(packed, 0, d)
+    store_half(packed, 2, dmin)
+    pack_scales_and_minima(scales, minima, packed, 4)
+    pack_top_bits(x, packed, 16, 16.0)
+    pack_nibbles(x, packed, 48, 32)
+
+
+@register_jitable
+def decode_q5_k(data, values):
+    d, dmin = read_half(data, 0), read_half(data, 2)
+    for b in range(8):
+        step, base = d * unpack_scale(data, 4, b), dmin * unpack_scale(data, 4, b + 8)
+        first, shift = 48 + b // 2 * 32, b % 2 * 4
+        for j in range(32):
+            code = (data[first + j] >> shift & 15) | (data[16 + j] >> b & 1) << 4
+            values[32 * b + j] = step * np.float32(code) - base
+
+
+# bytes 0-127: bits 0-3 of codes | 128-191: bits 4-5 | 192-207: scales, int8 | 208-209: d
+@register_jitable
+def encode_q6_k(x, w, unit, parts, packed):
+    scales = parts[0]
+    d = fit_scaled_parts(x, w, unit, parts, 16, -32.0, 31.0, -128.0, 127.0, TOPS_6, SCALE_TOPS_Q6_K)
+    encode_scaled_parts(x, scales, 16, d / unit, -32.0, 31.0)
+    pack_top_crumbs(x, packed, 128, 0, 32)
+    pack_top_crumbs(x, packed, 160, 128, 32)
+    pack_nibbles(x, packed, 0, 64)
     for b in range(16):
         store_bytes(packed, 192 + b, load(scales, b))
     store_half(packed, 208, d)
 
 
-@njit
-def nothing(data, out):
-    pass
+@register_jitable
+def decode_q6_k(data, values):
+    d = read_half(data, 208)
+    for b in range(16):
+        step = d * np.float32(np.int8(data[192 + b]))
+        low, low_shift = b // 8 * 64 + b % 4 * 16, b % 8 // 4 * 4
+        high, high_shift = 128 + b // 8 * 32 + b % 2 * 16, b % 8 // 2 * 2
+        for j in range(16):
+            code = (data[low + j] >> low_shift & 15) | (data[high + j] >> high_shift & 3) << 4
+            values[16 * b + j] = step * (np.float32(code) - np.float32(32.0))
 
 
-Q2_K = Grid("Q2_K", 10, BLOCK, 84, compile_quantizer(BLOCK, 84, weigh_by_mean_square, weigh_by_size, encode_q2_k), nothing)
-Q3_K = Grid("Q3_K", 11, BLOCK, 110, compile_quantizer(BLOCK, 110, weigh_by_twice_mean_square, weigh_by_square, encode_q3_k), nothing)
-Q4_K = Grid("Q4_K", 12, BLOCK, 144, compile_quantizer(BLOCK, 144, weigh_by_twice_mean_square, weigh_by_size_and_root, encode_q4_k), nothing)
-Q5_K = Grid("Q5_K", 13, BLOCK, 176, compile_quantizer(BLOCK, 176, weigh_by_twice_mean_square, weigh_by_size_and_root, encode_q5_k), nothing)
-Q6_K = Grid("Q6_K", 14, BLOCK, 210, compile_quantizer(BLOCK, 210, weigh_by_importance, weigh_by_square, encode_q6_k), nothing)
+def _grid(name: str, ggml_type: int, block_bytes: int, weigh, weigh_plain, encode, decode) -> Grid:
+    quantize = compile_quantizer(BLOCK, block_bytes, weigh, weigh_plain, encode)
+    return Grid(name, ggml_type, BLOCK, block_bytes, quantize, compile_dequantizer(BLOCK, block_bytes, decode))
+
+
+Q2_K = _grid("Q2_K", 10, 84, weigh_q2_k, weigh_by_size, encode_q2_k, decode_q2_k)
+Q3_K = _grid("Q3_K", 11, 110, weigh, weigh_by_square, encode_q3_k, decode_q3_k)
+Q4_K = _grid("Q4_K", 12, 144, weigh, weigh_by_size_and_spread, encode_q4_k, decode_q4_k)
+Q5_K = _grid("Q5_K", 13, 176, weigh, weigh_by_size_and_spread, encode_q5_k, decode_q5_k)
+Q6_K = _grid("Q6_K", 14, 210, weigh_q6_k, weigh_by_square, encode_q6_k, decode_q6_k)

@@ -1,40 +1,47 @@
-"""Q4_0, Q4_1, Q5_0, Q5_1, Q8_0: 32 weights with one scale, or a scale and a minimum, in float16.
+"""Q4_0, Q4_1, Q5_0, Q5_1, Q8_0: 32 weights under one float16 scale, some with a float16 base.
 
-Layouts: `ggml-common.h` of llama.cpp. Weight j of a block sits in the low half of byte j, weight j + 16 in the
-high half. Errors are weighed as llama.cpp does with an importance matrix, importance
-times sqrt(mean square of the row + x^2), and all alike without one.
+Layouts: `ggml-common.h` of llama.cpp; d and m stand for scale and base, as there. With importance, errors are
+weighed as llama.cpp weighs them, by importance times sqrt(mean square of the row + x^2); without, alike.
 """
 
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 from numba.extending import register_jitable
 
-from llmcompress.grids.block_loop import (
-    clamped_rint,
-    compile_quantizer,
-    divide,
-    round_to_half,
-    store_half,
-)
-from llmcompress.grids.floats import half_to_float
+from llmcompress.grids.block_loop import compile_dequantizer, compile_quantizer
+from llmcompress.grids.floats import read_half
 from llmcompress.grids.grid import Grid
-from llmcompress.grids.lanes import absolute, fma, load, select, splat, sqrt, store, store_bytes
-from llmcompress.grids.scale_search import fit_affine, fit_scale
+from llmcompress.grids.lanes import (
+    absolute,
+    fma,
+    load,
+    maximum,
+    minimum,
+    round_away,
+    select,
+    splat,
+    sqrt,
+    store,
+    store_bytes,
+)
+from llmcompress.grids.rounding import divide, inverse_of, nearest_code, round_to_half, split_code, store_half
+from llmcompress.grids.scale_search import fit_affine, fit_scaled
 
 BLOCK = 32
-ROUNDS = 2
-TOPS_4 = np.array([-8.7, -8.35, -8.0, -7.65, -7.3, 7.0, 7.3, 7.7, 8.1], np.float32)
-TOPS_5 = np.array([-16.7, -16.2, -15.8, -15.3, 15.0, 15.4, 15.8], np.float32)
-TOPS_15 = np.array([[0.0, 14.5], [0.0, 15.0], [0.0, 15.5]], np.float32)
-TOPS_31 = np.array([[0.0, 30.2], [0.0, 30.6], [0.0, 31.0], [0.0, 31.4]], np.float32)
+
+ROUNDS = 1
+TOPS_4 = np.array([-8.9, -8.6, -8.3, -8.0, -7.7, -7.4, -7.1, 6.6, 6.9, 7.2, 7.5, 7.8], np.float32)
+TOPS_5 = np.array([-16.7, -16.4, -16.0, -15.7, -15.3, -15.0, 14.4, 14.7, 15.0, 15.3, 15.6], np.float32)
+ENDS_4 = np.array([(a, b) for a in (-0.7, -0.2, 0.2, 0.6) for b in (14.5, 14.9, 15.3, 15.7)], np.float32)
+ENDS_5 = np.array([(a, b) for a in (-0.7, -0.2, 0.2, 0.6) for b in (30.5, 30.9, 31.3, 31.7)], np.float32)
+ANY_BASE = 1e30
 
 
 @register_jitable
-def weigh(x, w, row_mean_square):
+def weigh(x, w, row_energy):
     for j in range(BLOCK):
-        store(w, j, load(w, j) * sqrt(fma(load(x, j), load(x, j), row_mean_square)))
+        store(w, j, load(w, j) * sqrt(fma(load(x, j), load(x, j), row_energy)))
 
 
 @register_jitable
@@ -44,106 +51,166 @@ def weigh_plain(x, w):
 
 
 @register_jitable
+def weigh_nothing(x, w):
+    pass
+
+
+@register_jitable
 def encode_scaled(x, d, low, high):
-    """Turn x into codes of x = d (l + low), l from 0 on, in place."""
-    inverse = select(absolute(d) > 0.0, 1.0 / d, 0.0)
+    """Turn x into its codes less `low`, in place."""
+    inverse = inverse_of(d)
     for j in range(BLOCK):
-        store(x, j, clamped_rint(load(x, j) * inverse, low, high) - low)
+        store(x, j, nearest_code(load(x, j) * inverse, low, high) - low)
 
 
 @register_jitable
 def encode_affine(x, d, m, high):
-    """Turn x into codes of x = d l + m, in place."""
+    """Turn x into its codes, in place."""
     inverse = divide(splat(1.0), d)
     for j in range(BLOCK):
-        store(x, j, clamped_rint((load(x, j) - m) * inverse, 0.0, high))
+        store(x, j, nearest_code((load(x, j) - m) * inverse, 0.0, high))
 
 
 @register_jitable
-def pack_halves(codes, packed, i):
-    """byte j: weight j in bits 0-3, weight j + 16 in bits 4-7."""
+def pack_low_bits(codes, packed, i):
+    """Byte i + j, j < 16: code j in bits 0-3, code j + 16 in bits 4-7."""
     for j in range(16):
         store_bytes(packed, i + j, fma(load(codes, j + 16), 16.0, load(codes, j)))
 
 
 @register_jitable
 def pack_fifth_bits(codes, packed, i):
-    """byte k: bit n is bit 4 of weight 8 k + n. Leaves the low four bits in `codes`."""
+    """Byte i + k, k < 4: bit n is bit 4 of code 8 k + n. Leaves the low four bits in `codes`."""
     for k in range(4):
         byte = splat(0.0)
         for n in range(8):
-            code = load(codes, 8 * k + n)
-            high = code > 15.0
-            byte = select(high, byte + np.float32(1 << n), byte)
-            store(codes, 8 * k + n, select(high, code - 16.0, code))
+            high, low = split_code(load(codes, 8 * k + n), 16.0)
+            byte = fma(high, np.float32(1 << n), byte)
+            store(codes, 8 * k + n, low)
         store_bytes(packed, i + k, byte)
 
 
-# d: 2 bytes | halves: 16 bytes
 @register_jitable
-def encode_q4_0(x, w, unit, packed):
-    d, _ = fit_scale(x, w, 0, BLOCK, -8.0, 7.0, TOPS_4, ROUNDS)
-    half = round_to_half(d * unit)
-    encode_scaled(x, half / unit, -8.0, 7.0)
-    store_half(packed, 0, half)
-    pack_halves(x, packed, 2)
+def low_bits(data, i, j):
+    """The low four bits of code j."""
+    return np.int32(data[i + j % 16] >> (j // 16 * 4) & 15)
 
 
-# d: 2 bytes | minimum: 2 bytes | halves: 16 bytes
 @register_jitable
-def encode_q4_1(x, w, unit, packed):
-    d, m, _ = fit_affine(x, w, 0, BLOCK, 15.0, 1e30, TOPS_15, ROUNDS)
-    half, half_m = round_to_half(d * unit), round_to_half(m * unit)
-    encode_affine(x, half / unit, half_m / unit, 15.0)
-    store_half(packed, 0, half)
-    store_half(packed, 2, half_m)
-    pack_halves(x, packed, 4)
+def fifth_bit(data, i, j):
+    """Bit 4 of code j, in its place."""
+    return np.int32((data[i + j // 8] >> (j % 8) & 1) << 4)
 
 
-# d: 2 bytes | fifth bits: 4 bytes | halves: 16 bytes
+# bytes 0-1: d | 2-17: low bits
 @register_jitable
-def encode_q5_0(x, w, unit, packed):
-    d, _ = fit_scale(x, w, 0, BLOCK, -16.0, 15.0, TOPS_5, ROUNDS)
-    half = round_to_half(d * unit)
-    encode_scaled(x, half / unit, -16.0, 15.0)
-    store_half(packed, 0, half)
+def encode_q4_0(x, w, unit, parts, packed):
+    d, _ = fit_scaled(x, w, 0, BLOCK, -8.0, 7.0, TOPS_4, ROUNDS)
+    d = round_to_half(d * unit)
+    encode_scaled(x, d / unit, -8.0, 7.0)
+    store_half(packed, 0, d)
+    pack_low_bits(x, packed, 2)
+
+
+@register_jitable
+def decode_q4_0(data, values):
+    d = read_half(data, 0)
+    for j in range(BLOCK):
+        values[j] = d * (np.float32(low_bits(data, 2, j)) - np.float32(8.0))
+
+
+# bytes 0-1: d | 2-3: m | 4-19: low bits
+@register_jitable
+def encode_q4_1(x, w, unit, parts, packed):
+    d, m, _ = fit_affine(x, w, 0, BLOCK, 15.0, ANY_BASE, ENDS_4, ROUNDS)
+    d, m = round_to_half(d * unit), round_to_half(m * unit)
+    encode_affine(x, d / unit, m / unit, 15.0)
+    store_half(packed, 0, d)
+    store_half(packed, 2, m)
+    pack_low_bits(x, packed, 4)
+
+
+@register_jitable
+def decode_q4_1(data, values):
+    d, m = read_half(data, 0), read_half(data, 2)
+    for j in range(BLOCK):
+        values[j] = d * np.float32(low_bits(data, 4, j)) + m
+
+
+# bytes 0-1: d | 2-5: fifth bits | 6-21: low bits
+@register_jitable
+def encode_q5_0(x, w, unit, parts, packed):
+    d, _ = fit_scaled(x, w, 0, BLOCK, -16.0, 15.0, TOPS_5, ROUNDS)
+    d = round_to_half(d * unit)
+    encode_scaled(x, d / unit, -16.0, 15.0)
+    store_half(packed, 0, d)
     pack_fifth_bits(x, packed, 2)
-    pack_halves(x, packed, 6)
+    pack_low_bits(x, packed, 6)
 
 
-# d: 2 bytes | minimum: 2 bytes | fifth bits: 4 bytes | halves: 16 bytes
 @register_jitable
-def encode_q5_1(x, w, unit, packed):
-    d, m, _ = fit_affine(x, w, 0, BLOCK, 31.0, 1e30, TOPS_31, ROUNDS)
-    half, half_m = round_to_half(d * unit), round_to_half(m * unit)
-    encode_affine(x, half / unit, half_m / unit, 31.0)
-    store_half(packed, 0, half)
-    store_half(packed, 2, half_m)
+def decode_q5_0(data, values):
+    d = read_half(data, 0)
+    for j in range(BLOCK):
+        values[j] = d * (np.float32(low_bits(data, 6, j) | fifth_bit(data, 2, j)) - np.float32(16.0))
+
+
+# bytes 0-1: d | 2-3: m | 4-7: fifth bits | 8-23: low bits
+@register_jitable
+def encode_q5_1(x, w, unit, parts, packed):
+    d, m, _ = fit_affine(x, w, 0, BLOCK, 31.0, ANY_BASE, ENDS_5, ROUNDS)
+    d, m = round_to_half(d * unit), round_to_half(m * unit)
+    encode_affine(x, d / unit, m / unit, 31.0)
+    store_half(packed, 0, d)
+    store_half(packed, 2, m)
     pack_fifth_bits(x, packed, 4)
-    pack_halves(x, packed, 8)
+    pack_low_bits(x, packed, 8)
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
-def dequantize_q4_0(data, out):
-    blocks, values = data.reshape(-1, 18), out.reshape(-1, BLOCK)
-    for b in range(len(blocks)):
-        d = half_to_float(blocks[b, 0], blocks[b, 1])
-        for j in range(16):
-            values[b, j] = d * np.float32(np.int32(blocks[b, 2 + j] & 15) - np.int32(8))
-            values[b, j + 16] = d * np.float32(np.int32(blocks[b, 2 + j] >> 4) - np.int32(8))
+@register_jitable
+def decode_q5_1(data, values):
+    d, m = read_half(data, 0), read_half(data, 2)
+    for j in range(BLOCK):
+        values[j] = d * np.float32(low_bits(data, 8, j) | fifth_bit(data, 4, j)) + m
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
-def dequantize_q4_1(data, out):
-    blocks, values = data.reshape(-1, 20), out.reshape(-1, BLOCK)
-    for b in range(len(blocks)):
-        d, m = half_to_float(blocks[b, 0], blocks[b, 1]), half_to_float(blocks[b, 2], blocks[b, 3])
-        for j in range(16):
-            values[b, j] = d * np.float32(blocks[b, 4 + j] & 15) + m
-            values[b, j + 16] = d * np.float32(blocks[b, 4 + j] >> 4) + m
+# bytes 0-1: d | 2-33: codes, int8
+@register_jitable
+def encode_q8_0(x, w, unit, parts, packed):
+    """ggml's own rounding, byte for byte: codes by the exact scale, the scale then rounded to float16."""
+    largest = splat(0.0)
+    for j in range(BLOCK):
+        largest = maximum(absolute(load(x, j)), largest)
+    exact = largest / 127.0
+    d = round_to_half(exact * unit)
+    inverse = inverse_of(select(exact * unit > 65520.0, d / unit, exact))
+    for j in range(BLOCK):
+        store_bytes(packed, 2 + j, round_away(minimum(maximum(load(x, j) * inverse, -127.0), 127.0)))
+    store_half(packed, 0, d)
 
 
-Q4_0 = Grid("Q4_0", 2, BLOCK, 18, compile_quantizer(BLOCK, 18, weigh, weigh_plain, encode_q4_0), dequantize_q4_0)
-Q4_1 = Grid("Q4_1", 3, BLOCK, 20, compile_quantizer(BLOCK, 20, weigh, weigh_plain, encode_q4_1), dequantize_q4_1)
-Q5_0 = Grid("Q5_0", 6, BLOCK, 22, compile_quantizer(BLOCK, 22, weigh, weigh_plain, encode_q5_0), dequantize_q4_1)
-Q5_1 = Grid("Q5_1", 7, BLOCK, 24, compile_quantizer(BLOCK, 24, weigh, weigh_plain, encode_q5_1), dequantize_q4_1)
+@register_jitable
+def decode_q8_0(data, values):
+    d = read_half(data, 0)
+    for j in range(BLOCK):
+        values[j] = d * np.float32(np.int8(data[2 + j]))
+
+
+_quantize_q8_0 = compile_quantizer(BLOCK, 34, weigh, weigh_nothing, encode_q8_0)
+
+
+def _quantize_q8_0_alike(weights, importance, out):
+    """No importance changes a scale that the largest weight decides."""
+    _quantize_q8_0(weights, None, out)
+
+
+def _grid(name: str, ggml_type: int, block_bytes: int, encode, decode) -> Grid:
+    quantize = compile_quantizer(BLOCK, block_bytes, weigh, weigh_plain, encode)
+    return Grid(name, ggml_type, BLOCK, block_bytes, quantize, compile_dequantizer(BLOCK, block_bytes, decode))
+
+
+Q4_0 = _grid("Q4_0", 2, 18, encode_q4_0, decode_q4_0)
+Q4_1 = _grid("Q4_1", 3, 20, encode_q4_1, decode_q4_1)
+Q5_0 = _grid("Q5_0", 6, 22, encode_q5_0, decode_q5_0)
+Q5_1 = _grid("Q5_1", 7, 24, encode_q5_1, decode_q5_1)
+Q8_0 = Grid("Q8_0", 8, BLOCK, 34, _quantize_q8_0_alike, compile_dequantizer(BLOCK, 34, decode_q8_0))
