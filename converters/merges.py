@@ -1,4 +1,4 @@
-"""The merges of a BPE tokenizer: GGUF's spelling of them, and the scores that make SentencePiece's algorithm agree."""
+"""The merges of a BPE tokenizer: GGUF's spelling, and scores by which SentencePiece's algorithm agrees."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def pairs(merges: Iterable, where: str) -> Iterator[tuple[str, str]]:
 
 
 def spelled(merges: Iterable[tuple[str, str]]) -> list[str]:
-    """GGUF's merges: halves with a space between, and a space inside a half as Ġ, as llama.cpp's converter does."""
+    """GGUF's merges: a space between the halves, Ġ for one inside a half, as llama.cpp's converter does."""
     return [f"{left.replace(' ', 'Ġ')} {right.replace(' ', 'Ġ')}" for left, right in merges]
 
 
@@ -33,7 +33,7 @@ def unknown(merges: Iterable[tuple[str, str]], ids: dict[str, int]) -> int:
 
 
 def scores(merges: Iterable[tuple[str, str]]) -> dict[str, float]:
-    """Merged token -> score, for llama.cpp's SentencePiece algorithm, which joins the pair whose result scores best.
+    """Merged token -> score for llama.cpp's SentencePiece algorithm: it joins the pair that scores best.
 
     Hugging Face joins the pair that comes first in the list, so the score is minus the first such position.
     """

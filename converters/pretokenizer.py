@@ -1,9 +1,9 @@
 """Finds the name by which llama.cpp knows a byte-level BPE tokenizer's pre-tokenizer.
 
-A pre-tokenizer is a list of regexes that split text into words before the merges run. tokenizer.json holds that
-list, GGUF only a name. So the list is brought into one canonical form and compared with the lists that llama.cpp
-compiles under each name. It depends on neither token ids nor chat template, so a fine-tune keeps its name; the
-hash of some encoded text, which is what llama.cpp's converter goes by, is the fallback.
+A pre-tokenizer is a list of regexes that split text into words before the merges run. tokenizer.json holds
+that list, GGUF only a name. So the list is brought into one canonical form and compared with the lists that
+llama.cpp compiles under each name. It depends on neither token ids nor chat template, so a fine-tune keeps
+its name; the hash of some encoded text, which is what llama.cpp's converter goes by, is the fallback.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def known_names() -> list[str]:
 
 
 def check_name(name: str) -> str:
-    """The name itself. Raises TokenizerError, with the nearest known one, where llama.cpp would not load it."""
+    """The name itself. Raises TokenizerError, with the nearest known one, where llama.cpp has it not."""
     if name not in known_names():
         raise TokenizerError(
             f"--pre {name}: llama.cpp knows no such pre-tokenizer{nearest(name, known_names())}"
@@ -52,29 +52,28 @@ def find_pretokenizer(
 ) -> tuple[str, str]:
     """(name, how it was found) for the steps of a tokenizer.json's `pre_tokenizer`.
 
-    `flags` are those of pretokenizers.json that are known of this tokenizer: `ignore_merges` must agree, of the
-    names left the one that agrees in most others is taken. `encode` gives the ids of a text, special tokens
-    included; it is called only where no regex list matches. Raises TokenizerError where nothing matches.
+    `flags` are those of pretokenizers.json that are known of this tokenizer: `ignore_merges` must agree, and
+    of the names left the one that agrees in most others is taken. `encode` gives the ids of a text, special
+    tokens included; it is called only where no regex list matches. Raises TokenizerError where nothing matches.
     """
     stages = tuple(stage for step in steps if (stage := _stage(step)))
     names = _names_of(stages)
     fitting = [name for name in names if ("ignore_merges" in names[name]) == flags["ignore_merges"]]
     if fitting:
-        agreement = {
-            name: sum((flag in names[name]) == value for flag, value in flags.items()) for name in fitting
-        }
-        return max(fitting, key=agreement.__getitem__), "its regexes and flags"
+        return max(fitting, key=lambda name: _agreement(names[name], flags)), "its regexes and flags"
     digest = hashlib.sha256(str(encode(_table()["check_text"])).encode()).hexdigest()
     if digest in _table()["hashes"]:
         return _table()["hashes"][digest], "the hash of the check text"
     if names:
-        return next(
-            iter(names)
-        ), f"its regexes, though ignore_merges is {flags['ignore_merges']} and differs there"
+        return next(iter(names)), "its regexes (llama.cpp has none that treats whole words in the vocabulary so)"
     raise TokenizerError(
         f"{where}: llama.cpp has no pre-tokenizer with the regexes {' then '.join(stages) or '(none)'}; "
         f"the nearest are {', '.join(_nearest_names(stages))}: choose one with --pre NAME"
     )
+
+
+def _agreement(has: list[str], flags: dict[str, bool]) -> int:
+    return sum((flag in has) == value for flag, value in flags.items())
 
 
 def _names_of(stages: tuple[str, ...]) -> dict[str, list[str]]:
@@ -116,7 +115,7 @@ def _stage(step: dict) -> str | None:
         return " ".join(
             str(part) for part in (kind, step.get("behavior"), pattern_of(step, "String")) if part
         )
-    # Removing what lies between matches keeps the matches, as isolating them does where the regex covers all text.
+    # Removing what lies between matches keeps them, as isolating them does where the regex covers all text.
     how = (step.get("behavior"), step.get("invert") is True)
     isolates = how in (("Isolated", False), ("Isolated", True), ("Removed", True))
     return canonical(regex) if isolates else f"{canonical(regex)} {how[0]}"
@@ -127,7 +126,7 @@ def _canonical_list(regexes: list[str]) -> tuple[str, ...]:
 
 
 def canonical(regex: str) -> str:
-    """One spelling for regexes that split alike: no inline flags, no possessive quantifiers, no last `|\\s+`."""
+    """One spelling of regexes that split alike: no inline flags, possessive quantifiers or last `|\\s+`."""
     regex = regex.replace("\r", r"\r").replace("\n", r"\n").replace("\t", r"\t")
     regex = re.sub(r"\(\?i:((?:\[[^\]]*\]|[^()\[\]])*)\)", lambda m: f"(?:{_either_case(m[1])})", regex)
     regex = regex.replace("'(?:[sSdDmMtT]|[lL][lL]|[vV][eE]|[rR][eE])", _CONTRACTIONS)

@@ -26,8 +26,8 @@ _IN_SENTENCEPIECE = ("bos", "eos", "unk", "pad")
 
 # Texts by which llama.cpp knows that a token ends generation, whatever the metadata says.
 _KNOWN_ENDS = frozenset(
-    "<|eot_id|> <|im_end|> <|end|> <|return|> <|call|> <end_of_turn> <|endoftext|> </s> <|eom_id|> <EOT> [EOT] [EOS] "
-    "<|end_of_text|> <end_of_utterance> <eos> <turn|> <｜end▁of▁sentence｜>".split()
+    "<|eot_id|> <|im_end|> <|end|> <|return|> <|call|> <end_of_turn> <|endoftext|> </s> <|eom_id|> <EOT> "
+    "[EOT] [EOS] <|end_of_text|> <end_of_utterance> <eos> <turn|> <｜end▁of▁sentence｜>".split()
 )
 
 
@@ -148,7 +148,7 @@ def _take_template(
 def _take_other_ends(
     found: dict[str, int], sources: list[dict], ids: dict[str, int], size: int, notes: list[str]
 ) -> None:
-    """Ids that end generation besides eos: llama.cpp knows some by their text, and takes eot and eom besides."""
+    """Ids that end generation besides eos: llama.cpp knows some by their text, others as eot or eom."""
     ends = list(dict.fromkeys(id for source in sources for id in _numbers(source.get("eos_token_id"), size)))
     if ends and found["eos"] not in ends:
         notes.append(
@@ -179,11 +179,11 @@ def _adds(
     default: bool,
     notes: list[str],
 ) -> bool:
-    """Whether transformers adds the token: a flag makes it build the template anew, so it goes first."""
+    """Whether transformers adds the token: where there is a tokenizer.json, version 5 asks nothing else."""
     said = files.config.get(f"add_{role}_token")
-    answer = said if isinstance(said, bool) else default if added is None else bool(added)
-    if added is not None and answer != bool(added):
-        notes.append(f"add_{role}_token is {answer} by tokenizer_config.json, though not by tokenizer.json")
+    answer = bool(added) if added is not None else said if isinstance(said, bool) else default
+    if isinstance(said, bool) and answer != said:
+        notes.append(f"add_{role}_token is {answer} by tokenizer.json, though {said} by tokenizer_config.json")
     if answer and role not in found:
         notes.append(f"add_{role}_token is true, but no file names the {role} token: none is added")
         return False

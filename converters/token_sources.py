@@ -1,4 +1,4 @@
-"""The model's own tokens and merges, from whichever file has them, as each of llama.cpp's algorithms wants them."""
+"""The model's own tokens and merges, from the file that has them, as llama.cpp's algorithms want them."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def fill(table: TokenTable, files: TokenizerFiles, algorithm: str) -> list[str] 
 
 
 def _fill_llama(table: TokenTable, files: TokenizerFiles, merges: list[tuple[str, str]]) -> None:
-    """tokenizer.model has the true scores, and goes first unless tokenizer.json, which transformers reads, differs."""
+    """tokenizer.model has the true scores: it goes first, unless it differs from what transformers reads."""
     spm = files.sentencepiece
     if spm and (not files.json or all(files.vocab.get(piece) == id for id, piece in enumerate(spm.pieces))):
         _put_pieces(table, spm)
@@ -73,8 +73,8 @@ def _fill_llama(table: TokenTable, files: TokenizerFiles, merges: list[tuple[str
     )
     if lacking:
         table.notes.append(
-            f"{lacking} pairs of tokens join to a token without a merge of their own: llama.cpp's SentencePiece "
-            "algorithm may join them where this tokenizer does not"
+            f"{lacking} pairs of tokens join to a token without a merge of their own: "
+            "llama.cpp's SentencePiece algorithm may join them where this tokenizer does not"
         )
 
 
@@ -94,7 +94,7 @@ def _fill_t5(table: TokenTable, files: TokenizerFiles) -> None:
 
 
 def _put_pieces(table: TokenTable, spm: sentencepiece.SentencePieceModel) -> None:
-    for id, (piece, score, kind) in enumerate(zip(spm.pieces, spm.scores, spm.types)):
+    for id, (piece, score, kind) in enumerate(zip(spm.pieces, spm.scores, spm.types, strict=True)):
         table.put(id, piece, kind, score)
 
 

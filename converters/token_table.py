@@ -38,17 +38,19 @@ def looks_special(text: str) -> bool:
 class TokenTable:
     """Gathers tokens, whatever order they come in, and never more than the embedding has rows for.
 
-    `ids` maps each token as Hugging Face spells it to its id. `where` begins the messages of the TokenizerErrors
-    that ids out of range, ids with two tokens, and tokens with two ids raise.
+    `escapes` says whether ▁ stands for a space in it.
+    `ids` maps each token as Hugging Face spells it to its id. `where` begins the messages of the
+    TokenizerErrors that ids out of range, ids with two tokens, and tokens with two ids raise.
     """
 
-    def __init__(self, rows: int, where: str) -> None:
+    def __init__(self, rows: int, where: str, escapes: bool) -> None:
         if rows > _LARGEST:
             raise TokenizerError(
                 f"{where}: an embedding of {rows} rows, the limit is {_LARGEST}; check vocab_size"
             )
         self.rows = rows
         self.where = where
+        self.escapes = escapes
         self.texts: list[str | None] = []
         self.types: list[int] = []
         self.scores: list[float] = []
@@ -59,8 +61,8 @@ class TokenTable:
         """Adds a token of the model's own vocabulary."""
         if type(id) is not int or not 0 <= id < self.rows:
             raise TokenizerError(
-                f"{self.where}: token {text[:40]!r} has id {str(id)[:40]}, but the embedding has {self.rows} rows; "
-                "the tokenizer is another model's, or config.json's vocab_size is wrong"
+                f"{self.where}: token {text[:40]!r} has id {str(id)[:40]}, but the embedding has {self.rows} "
+                "rows; the tokenizer is another model's, or config.json's vocab_size is wrong"
             )
         if id < len(self.texts) and self.texts[id] is not None:
             raise TokenizerError(
@@ -69,13 +71,13 @@ class TokenTable:
         self._store(id, text, kind, score)
 
     def put_all_added(self, tokens: list[AddedToken]) -> None:
-        """Adds added tokens, in place of the model's own of the same ids. Those past the embedding, which the model
-        could not read, are left out with a note."""
+        """Adds added tokens, in place of the model's own of the same ids. Those past the embedding, which the
+        model could not read, are left out with a note."""
         outside = [token.content for token in tokens if token.id >= self.rows]
         if outside:
             self.notes.append(
-                f"{len(outside)} added tokens have ids past the embedding's {self.rows} rows and are left out: "
-                f"{' '.join(outside[:4])}"
+                f"{len(outside)} added tokens have ids past the embedding's {self.rows} rows "
+                f"and are left out: {' '.join(outside[:4])}"
             )
         inside = [token for token in tokens if token.id < self.rows]
         for id, count in Counter(token.id for token in inside).items():
@@ -100,12 +102,13 @@ class TokenTable:
     def _store(self, id: int, text: str, kind: int, score: float) -> None:
         if self.ids.setdefault(text, id) != id:
             raise TokenizerError(
-                f"{self.where}: ids {self.ids[text]} and {id} are both {text[:40]!r}, which llama.cpp refuses to load; "
-                "rename one of them"
+                f"{self.where}: ids {self.ids[text]} and {id} are both {text[:40]!r}, "
+                "which llama.cpp refuses to load; rename one of them"
             )
         self._reach(id + 1)
         # llama.cpp looks for user-defined tokens in the text before it turns spaces into ▁.
-        self.texts[id] = text.replace("▁", " ") if kind == TokenType.USER_DEFINED else text
+        spaced = self.escapes and kind == TokenType.USER_DEFINED
+        self.texts[id] = text.replace("▁", " ") if spaced else text
         self.types[id], self.scores[id] = int(kind), score
 
     def _reach(self, size: int) -> None:
@@ -120,8 +123,8 @@ class TokenTable:
             self.types[id] = int(TokenType.CONTROL)
 
     def finish(self, pad: bool) -> None:
-        """Names the holes, and with `pad` the embedding's rows past the last token, `[PAD<id>]`, as llama.cpp's
-        converter does, and checks the whole."""
+        """Names the holes, and with `pad` the embedding's rows past the last token, `[PAD<id>]`, as
+        llama.cpp's converter does, and checks the whole."""
         if pad:
             self._reach(self.rows)
         holes = [id for id, text in enumerate(self.texts) if text is None]

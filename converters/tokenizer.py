@@ -1,7 +1,7 @@
 """A Hugging Face tokenizer, read for GGUF.
 
-llama.cpp has three algorithms that take one: "gpt2", byte-level BPE by merges; "llama", SentencePiece's BPE by
-scores; "t5", SentencePiece's unigram model. Which of them, and with what settings, the tokenizer's files say.
+llama.cpp has three algorithms that take one: "gpt2", byte-level BPE by merges; "llama", SentencePiece's BPE
+by scores; "t5", SentencePiece's unigram model. The tokenizer's files say which, and with what settings.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ def read_vocabulary(
 ) -> Vocabulary:
     """Reads the tokenizer in `directory`. `config` is the model's config.json.
 
-    `rows` is the number of rows of the embedding (config.json's vocab_size if not given); with `pad`, unused tokens
-    are added until there are as many. `pre` names the pre-tokenizer, where it is not to be looked for; `kind` is the
-    one algorithm that will do. Raises TokenizerError, or CheckpointError for a file that is not JSON, where the
-    tokenizer cannot be written faithfully.
+    `rows` is the number of rows of the embedding (config.json's vocab_size if not given); with `pad`, unused
+    tokens are added until there are as many. `pre` names the pre-tokenizer, where it is not to be looked for;
+    `kind` is the one algorithm that will do. Raises TokenizerError, or CheckpointError for a file that is not
+    JSON, where the tokenizer cannot be written faithfully.
     """
     files = read_files(Path(directory))
     model = find_algorithm(files)
@@ -55,7 +55,7 @@ def read_vocabulary(
         raise TokenizerError(
             f"{files.where}: a tokenizer of kind {model!r}, but this architecture needs {kind!r}"
         )
-    table = TokenTable(rows or _vocab_size(config, files), files.where)
+    table = TokenTable(rows or _vocab_size(config, files), files.where, escapes=model != "gpt2")
     merges = fill(table, files, model)
     table.put_all_added(files.added)
     table.finish(pad)
@@ -113,8 +113,8 @@ def _by_class(files: TokenizerFiles, config: dict[str, Any]) -> tuple[str, str]:
     if said.removesuffix("Fast") in _BY_CLASS:
         return _BY_CLASS[said.removesuffix("Fast")], f"its class {said}"
     raise TokenizerError(
-        f"{files.where}: does not say how text is split, and its class {said!r} is not known; add the tokenizer.json, "
-        "or choose with --pre NAME"
+        f"{files.where}: does not say how text is split, and its class {said!r} is not known; "
+        "add the tokenizer.json, or choose with --pre NAME"
     )
 
 

@@ -1,4 +1,4 @@
-"""What a tokenizer asks for that llama.cpp's algorithms do not do, said to the user instead of passed over."""
+"""What a tokenizer asks for and llama.cpp's algorithms do not do: said to the user, not passed over."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _normalizing(files: TokenizerFiles, algorithm: str) -> Iterator[str]:
     if algorithm == "t5":
         names = [name for name in names if name not in _SENTENCEPIECE_STEPS]
     if names:
-        yield f"llama.cpp does not normalize text ({', '.join(names)}): ids differ for text that is not normal yet"
+        yield f"llama.cpp does not normalize text ({', '.join(names)}): ids differ where text is not so"
 
 
 def _splitting(files: TokenizerFiles, algorithm: str) -> Iterator[str]:
@@ -47,26 +47,32 @@ def _added(files: TokenizerFiles) -> Iterator[str]:
     names = [token.content for token in files.added if token.lstrip or token.rstrip]
     if names:
         yield (
-            f"{len(names)} added tokens swallow the spaces beside them ({' '.join(names[:3])}), which GGUF cannot say; "
-            "llama.cpp does so only where general.name has phi-3 in it"
+            f"{len(names)} added tokens swallow the spaces beside them ({' '.join(names[:3])}), "
+            "which GGUF cannot say; llama.cpp does so only where general.name has phi-3 in it"
         )
     late = [token.content for token in files.added if token.normalized and files.parts("normalizer")]
     if late:
-        yield f"{len(late)} added tokens are found only in normalized text ({' '.join(late[:3])}), by llama.cpp in any"
+        yield (
+            f"{len(late)} added tokens are found in normalized text only ({' '.join(late[:3])}), "
+            "by llama.cpp in any"
+        )
 
 
 def _spacing(files: TokenizerFiles, algorithm: str) -> Iterator[str]:
     schemes = space_schemes(files)
     if "first" in schemes:
-        yield "llama.cpp puts a space after every special token, this tokenizer only at the beginning of a text"
+        yield "llama.cpp puts a space after every special token, this tokenizer only at the start of a text"
     if schemes - {"never"}:
         yield "llama.cpp puts a space before a text that begins with one, this tokenizer does not"
-    if algorithm == "llama" and read_normalization(files).remove_extra_whitespaces:
+    normalization = read_normalization(files)
+    if algorithm == "llama" and normalization.remove_extra_whitespaces:
         yield "llama.cpp keeps runs of spaces, which this tokenizer makes one"
+    if algorithm == "t5" and normalization.add_space_prefix and not normalization.remove_extra_whitespaces:
+        yield "llama.cpp puts a space before the first word, this tokenizer before the text"
 
 
 def _unknown(algorithm: str, types: list[int]) -> Iterator[str]:
     if algorithm == "llama" and TokenType.BYTE not in types:
         yield "there are no byte tokens: llama.cpp fails on characters that are not in the vocabulary"
     if algorithm == "t5" and TokenType.BYTE in types:
-        yield "llama.cpp's unigram algorithm uses no byte tokens: characters not in the vocabulary become unknown"
+        yield "llama.cpp's unigram algorithm uses no byte tokens: characters outside the vocabulary are <unk>"

@@ -1,4 +1,4 @@
-"""The files of a Hugging Face tokenizer, parsed and checked for shape; what they mean is decided elsewhere."""
+"""The files of a Hugging Face tokenizer, parsed and checked for shape; their meaning is decided elsewhere."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class AddedToken:
 
 @dataclass(frozen=True)
 class TokenizerFiles:
-    """What a directory holds of tokenizer.json, tokenizer.model, and vocab.json with merges.txt, and the settings.
+    """What a directory holds of tokenizer.json, tokenizer.model, vocab.json with merges.txt, and settings.
 
     `merges` are strings of two parts with a space between, or pairs. Absent files are None or empty.
     """

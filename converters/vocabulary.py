@@ -17,8 +17,8 @@ from llmcompress.gguf.value import Metadata, ValueType, array, boolean, string, 
 class Vocabulary:
     """Tokens in the order of their ids, and what else llama.cpp needs to cut text into them.
 
-    `model` is llama.cpp's algorithm: "gpt2" has merges, "llama" and "t5" have scores. `notes` are for the user: how
-    the pre-tokenizer was found, what was padded or left out, where llama.cpp does not do all the tokenizer asks for.
+    `model` is llama.cpp's algorithm: "gpt2" has merges, "llama" and "t5" have scores. `notes` are for the
+    user: how the pre-tokenizer was found, what was padded or left out, what llama.cpp does otherwise.
     """
 
     model: str

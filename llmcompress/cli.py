@@ -76,12 +76,13 @@ def job(name: str, summary: str, types: tuple[str, ...], allowed: tuple[str, ...
         recipe: RecipeFile = None, as_json: AsJson = False, dry_run: DryRun = False,
     ) -> None:  # fmt: skip
         flags = {
-            "types": [part for given in type or () for part in given.split(",")], "tensor_types": _pairs(tensor_type),
-            "output_tensor_type": output_tensor_type, "token_embedding_type": token_embedding_type, "pure": pure,
-            "leave_output_tensor": leave_output_tensor, "imatrix": imatrix, "pre": pre, "name": model_name,
+            "types": [part for given in type for part in given.split(",")] if type else None,
+            "tensor_types": _pairs(tensor_type) if tensor_type else None, "output_tensor_type": output_tensor_type,
+            "token_embedding_type": token_embedding_type, "pure": pure or None,
+            "leave_output_tensor": leave_output_tensor or None, "imatrix": imatrix, "pre": pre, "name": model_name,
             "split_max_size": split_max_size, "max_ram": max_ram, "threads": threads, "verify": verify,
         }  # fmt: skip
-        merged = _recipe(recipe, {key: value for key, value in flags.items() if value}, types)
+        merged = _recipe(recipe, {key: value for key, value in flags.items() if value is not None}, types)
         for given in merged.types:
             if allowed and given.upper() not in (word.upper() for word in allowed):
                 raise RecipeError(f"--type {given}: {name} writes {', '.join(allowed)}; for {given} use quantize")
@@ -91,13 +92,18 @@ def job(name: str, summary: str, types: tuple[str, ...], allowed: tuple[str, ...
 def _recipe(path: str | None, flags: dict[str, Any], types: tuple[str, ...]):
     from llmcompress.recipe import Recipe, parse_recipe, read_recipe
 
-    onto = read_recipe(path) if path else Recipe(types=types)
-    return parse_recipe(flags, onto, label=lambda key: "--" + key.removesuffix("s").replace("_", "-"))
+    onto = Recipe(types=types)
+    return parse_recipe(flags, read_recipe(path, onto) if path else onto, label=_flag)
 
 
-def _pairs(given: list[str] | None) -> list[tuple[str, str]]:
-    pairs = [tuple(text.rpartition("=")[::2]) for text in given or ()]
-    for text, (pattern, kind) in zip(given or (), pairs):
+def _flag(field: str) -> str:
+    """The flag of a recipe's field; those that can be repeated are in the singular."""
+    return "--" + {"types": "type", "tensor_types": "tensor-type"}.get(field, field.replace("_", "-"))
+
+
+def _pairs(given: list[str]) -> list[tuple[str, str]]:
+    pairs = [tuple(text.rpartition("=")[::2]) for text in given]
+    for text, (pattern, kind) in zip(given, pairs):
         if not pattern or not kind:
             raise RecipeError(f"--tensor-type {text}: write it as PATTERN=TYPE, such as ffn_down=Q6_K")
     return pairs

@@ -14,8 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from llmcompress.inspect import Inspection
-from llmcompress.machine import free_disk
-from llmcompress.plan import Output, Plan
+from llmcompress.plan import Output, Plan, disk_needs
 from llmcompress.progress import Progress
 from llmcompress.report import FileReport, Result
 from llmcompress.sizes import format_size
@@ -24,10 +23,11 @@ LOG_SECONDS = 10.0  # between two lines of a log
 
 LOG_WIDTH = 200  # of tables that go to a file or another program
 
-_out = Console(highlight=False)
+_PLAIN = {"highlight": False, "markup": False, "emoji": False}  # names of files and tensors stand as they are
+_out = Console(**_PLAIN)
 if not _out.is_terminal:
-    _out = Console(highlight=False, width=LOG_WIDTH)
-_err = Console(stderr=True, highlight=False)
+    _out = Console(width=LOG_WIDTH, **_PLAIN)
+_err = Console(stderr=True, **_PLAIN)
 
 
 def live_progress() -> Progress:
@@ -90,12 +90,9 @@ def show_plan(plan: Plan) -> None:
         _out.print(_size_line(output.file_type.name, output.size, _bits(plan, output), _counts(output)))
         for file in output.files:
             _out.print(f"  to {file.path}" + (" (replaces the file there)" if file.path.exists() else ""), soft_wrap=True)
-    folder = plan.files[0].path.resolve().parent
-    while not folder.exists():
-        folder = folder.parent
-    needed = sum(file.size for file in plan.files)
     _out.print(f"memory: {format_size(plan.ram)} of --max-ram {format_size(plan.recipe.max_ram)}, {plan.workers} workers")
-    _out.print(f"disk: {format_size(needed)} of {format_size(free_disk(folder))} free")
+    for disk in disk_needs(plan):
+        _out.print(f"disk: {format_size(disk.needed)} of {format_size(disk.free)} free in {disk.folder}", soft_wrap=True)
     _show_notes(plan.notes)
 
 
@@ -105,6 +102,7 @@ def plan_dict(plan: Plan) -> dict[str, Any]:
         "name": plan.name,
         "ram": plan.ram,
         "workers": plan.workers,
+        "disk": [{"folder": str(disk.folder), "needed": disk.needed, "free": disk.free} for disk in disk_needs(plan)],
         "notes": list(plan.notes),
         "outputs": [
             {
@@ -133,7 +131,8 @@ def show_result(result: Result) -> None:
         for path in output.paths:
             _out.print(str(path), style="bold", soft_wrap=True)
     _show_notes(result.notes)
-    _out.print(f"{'resumed, ' if result.resumed else ''}done in {result.seconds:.1f} s")
+    resumed = f", {result.slabs_kept} of {result.slabs} slabs kept from an earlier run" if result.slabs_kept else ""
+    _out.print(f"done in {result.seconds:.1f} s{resumed}")
 
 
 def show_inspection(found: Inspection, tensors: bool = True) -> None:
@@ -169,7 +168,7 @@ def _show_worst(output: FileReport) -> None:
 
 def _show_notes(notes: Iterable[str]) -> None:
     for note in notes:
-        _out.print(f"note: {note}", style="yellow", soft_wrap=True, markup=False)
+        _out.print(f"note: {note}", style="yellow", soft_wrap=True)
 
 
 def _size_line(name: str, size: int, bits: float, counts: dict[str, int]) -> str:

@@ -1,88 +1,142 @@
 """What a job has finished, so that the same command goes on after a kill at any moment.
 
 JSON lines beside the output: the job's fingerprint, then batches of finished slabs with the CRC-32 of what
-was written for each output. A batch is appended only after its data has reached the disk. A torn last line,
-a slab whose bytes do not have their sum, or a journal of another job counts for nothing.
+was written for each output, at last what the check of the finished files measured. A batch is appended only
+after its data has reached the disk. A torn last line, a line that makes no sense, a slab whose bytes do not
+have their sum, or a journal of another job counts for nothing.
 """
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from io import FileIO
 from pathlib import Path
+from typing import Any
 
-from llmcompress.errors import RunError
+from llmcompress.errors import InterruptedRun
 
 Sums = tuple[int, ...]  # one CRC-32 for each output
 sync = getattr(os, "fdatasync", os.fsync)  # macOS has only the slower one
 
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
+
 
 class Journal:
-    """The journal of one job. `done` maps a slab's index to its sums, `complete` says the files were checked."""
+    """The journal of one job, locked while it is open: one job, one process.
+
+    `done` maps a slab's index to its sums; `checked` is None until the files are whole and checked, then the
+    rows of five numbers given to `finish`. Raises InterruptedRun where the file cannot be written or is locked.
+    """
 
     def __init__(self, path: Path, fingerprint: str) -> None:
         self.path = path
         self.fingerprint = fingerprint
         self.done: dict[int, Sums] = {}
-        self.complete = False
-        self._file = None
+        self.checked: list[list[float]] | None = None
+        self._begun = False  # what the file holds is this job's
 
-    def load(self) -> bool:
-        """Read what an earlier run of the same job left; False where there is none."""
+    def __enter__(self) -> Journal:
         try:
-            lines = self.path.read_bytes().split(b"\n")
-        except FileNotFoundError:
-            return False
-        records = list(_records(lines[:-1]))  # what follows the last newline was being written when it stopped
-        if not records or records[0].get("job") != self.fingerprint:
-            return False
-        for record in records[1:]:
-            self.done.update((int(slab), tuple(sums)) for slab, sums in record.get("done", {}).items())
-            self.complete = self.complete or bool(record.get("complete"))
-        return True
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = _open_locked(self.path)
+            self._load(self._file.read())
+        except OSError as error:
+            raise cannot_be_written(self.path, error) from error
+        return self
 
-    def start(self) -> None:
-        """Open for appending; a journal of another job is replaced."""
-        fresh = not self.done and not self.complete
-        self._file = open(self.path, "wb" if fresh else "ab")
-        if fresh:
-            self._append({"job": self.fingerprint})
-        else:
-            self._file.write(b"\n")  # ends a torn line
+    def __exit__(self, *exception: object) -> None:
+        state = os.fstat(self._file.fileno())
+        if state.st_nlink and not state.st_size:
+            self.remove()
+        self._file.close()
 
     def add(self, finished: Mapping[int, Sums]) -> None:
         """Note slabs whose data is on the disk."""
         self._append({"done": finished})
         self.done.update(finished)
 
-    def finish(self) -> None:
+    def finish(self, measured: Sequence[Sequence[float]]) -> None:
         """Note that the files are whole and checked; from here on they are only renamed."""
-        self._append({"complete": True})
-        self.complete = True
-
-    def close(self) -> None:
-        if self._file:
-            self._file.close()
-            self._file = None
+        self._append({"checked": measured})
+        self.checked = [list(row) for row in measured]
 
     def remove(self) -> None:
-        self.close()
         self.path.unlink(missing_ok=True)
 
-    def _append(self, record: Mapping) -> None:
-        if self._file is None:
-            raise RunError(f"{self.path}: the journal is not open")
-        self._file.write(json.dumps(record, separators=(",", ":")).encode() + b"\n")
-        self._file.flush()
-        sync(self._file.fileno())
+    def _load(self, data: bytes) -> None:
+        """Take in what an earlier run of the same job left."""
+        lines = data.split(b"\n")
+        self._begun = _parsed(lines[0]) == {"job": self.fingerprint}
+        for line in lines[1:] if self._begun else ():
+            match _parsed(line):
+                case {"done": dict(done)} if _are_sums(done):
+                    self.done.update((int(slab), tuple(sums)) for slab, sums in done.items())
+                case {"checked": list(rows)} if all(isinstance(row, list) and len(row) == 5 for row in rows):
+                    self.checked = rows
 
-
-def _records(lines: list[bytes]):
-    for line in lines:
+    def _append(self, record: Mapping[str, Any]) -> None:
+        line = b"\n" + _packed(record)  # after what a kill may have torn
+        if not self._begun:
+            line = _packed({"job": self.fingerprint}) + line
         try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(record, dict):
-            yield record
+            if not self._begun:
+                self._file.truncate(0)
+            while line:
+                line = line[self._file.write(line) :]
+            sync(self._file.fileno())
+        except OSError as error:
+            raise cannot_be_written(self.path, error) from error
+        self._begun = True
+
+
+def cannot_be_written(path: Path, error: OSError) -> InterruptedRun:
+    """A failed write as the user reads of it: what is finished stays."""
+    remedy = "make room" if error.errno in _NO_ROOM else "see to that"
+    where = error.filename or path
+    return InterruptedRun(f"{where}: cannot be written: {error.strerror}; {remedy} and give the same command again")
+
+
+def lock(descriptor: int, path: Path) -> None:
+    """Keep other processes from `path` until `descriptor` is closed. Raises InterruptedRun if one has it."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InterruptedRun(f"{path}: another process is writing it; wait for that one or stop it") from None
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:  # some network file systems have none
+            raise
+
+
+def _open_locked(path: Path) -> FileIO:
+    """The file, made if need be; one that its owner removed before we had the lock does not count."""
+    while True:
+        file = open(path, "a+b", buffering=0)  # nothing is left to be written when it is closed
+        try:
+            lock(file.fileno(), path)
+            if os.fstat(file.fileno()).st_nlink:
+                file.seek(0)
+                return file
+        except BaseException:
+            file.close()
+            raise
+        file.close()
+
+
+def _packed(record: Mapping[str, Any]) -> bytes:
+    return json.dumps(record, separators=(",", ":")).encode()
+
+
+def _parsed(line: bytes) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None
+
+
+def _are_sums(done: Mapping[str, Any]) -> bool:
+    return all(slab.isdecimal() and isinstance(sums, list) for slab, sums in done.items())

@@ -18,20 +18,20 @@ def cores() -> int:
 
 
 def _cpu_quota() -> float | None:
-    limits = _words(_group_directory() / "cpu.max")
-    if not limits:
-        limits = _words(_CGROUP / "cpu/cpu.cfs_quota_us") + _words(_CGROUP / "cpu/cpu.cfs_period_us")
-    if len(limits) == 2 and limits[0].isdigit() and int(limits[0]) > 0:
-        return int(limits[0]) / int(limits[1])
-    return None
+    """Cores' worth of time the tightest control group around us grants; None without a limit."""
+    limits = [_words(folder / "cpu.max") for folder in _groups()]
+    limits.append(_words(_CGROUP / "cpu/cpu.cfs_quota_us") + _words(_CGROUP / "cpu/cpu.cfs_period_us"))
+    quotas = [int(limit[0]) / int(limit[1]) for limit in limits if len(limit) == 2 and limit[0].isdigit()]
+    return min((quota for quota in quotas if quota > 0), default=None)
 
 
-def _group_directory() -> Path:
-    """The directory of our version-2 control group; its root where there is none of our own."""
+def _groups() -> list[Path]:
+    """The directories of our version-2 control group and of those around it."""
     for line in _words(Path("/proc/self/cgroup")):
-        if line.startswith("0::") and (_CGROUP / line[3:].lstrip("/") / "cpu.max").exists():
-            return _CGROUP / line[3:].lstrip("/")
-    return _CGROUP
+        if line.startswith("0::"):
+            own = _CGROUP / line[3:].lstrip("/")
+            return [own, *(folder for folder in own.parents if folder.is_relative_to(_CGROUP))]
+    return [_CGROUP]
 
 
 def _words(path: Path) -> list[str]:

@@ -6,6 +6,7 @@ A plan is data: no weight has been read when it is complete, and everything that
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
@@ -85,6 +86,10 @@ class Step:
     @property
     def dtype(self) -> str:
         return self.pieces[0].tensor.dtype if self.pieces else "F32"
+
+    def source_bytes(self, rows: int) -> int:
+        """Bytes of `rows` rows in the checkpoint."""
+        return rows * self.columns * (4 if self.dtype == "F32" else 2)
 
 
 @dataclass(frozen=True)
@@ -179,10 +184,10 @@ def make_plan(
     """Decide type, bytes and offset of every tensor for every file type of the recipe.
 
     `steps` come in the file's order; `metadata` is all that does not depend on the file type. Raises
-    PlanError for types without a kernel, missing importance, clashing outputs, too little memory or disk.
+    PlanError for types without a kernel, missing importance, clashing outputs or too little memory.
     """
     importance, more_notes = _importance(steps, imatrix)
-    file_types = [_file_type(name, steps) for name in recipe.types]
+    file_types = list(dict.fromkeys(_file_type(name, steps) for name in recipe.types))
     tensors = [(step.name, step.shape, stored_type(step)) for step in steps]
     choices = {file_type: choose_types(file_type, tensors, traits, recipe.overrides) for file_type in file_types}
     for file_type, chosen in choices.items():
@@ -209,19 +214,35 @@ def stored_type(step: Step) -> str:
     return "F32" if kept or len(step.shape) == 1 or step.computed is not None else step.dtype
 
 
-def check_disk(plan: Plan) -> None:
-    """Raise PlanError unless the outputs' file systems have room for what is still missing of them."""
-    needed: dict[Path, int] = {}
+@dataclass(frozen=True)
+class DiskNeed:
+    """Bytes still to be written to one file system, and those free there."""
+
+    folder: Path
+    needed: int
+    free: int
+
+
+def disk_needs(plan: Plan) -> list[DiskNeed]:
+    """What each file system must take, without what stands in the partial files already."""
+    folders: dict[int, Path] = {}
+    needed: Counter[int] = Counter()
     for file in plan.files:
         part = part_path(file.path)
         there = part.stat().st_blocks * 512 if part.exists() else 0
         folder = _existing_parent(file.path)
-        needed[folder] = needed.get(folder, 0) + max(0, file.size - there)
-    for folder, size in needed.items():
-        free = free_disk(folder)
-        if size > free:
+        device = folder.stat().st_dev
+        folders.setdefault(device, folder)
+        needed[device] += max(0, file.size - there)
+    return [DiskNeed(folder, needed[device], free_disk(folder)) for device, folder in folders.items()]
+
+
+def check_disk(plan: Plan) -> None:
+    """Raise PlanError unless the outputs' file systems have room for what is still missing of them."""
+    for disk in disk_needs(plan):
+        if disk.needed > disk.free:
             raise PlanError(
-                f"{folder}: {format_size(size)} are needed and {format_size(free)} are free; "
+                f"{disk.folder}: {format_size(disk.needed)} are needed and {format_size(disk.free)} are free; "
                 "make room or choose another place with -o"
             )
 
@@ -359,12 +380,14 @@ def output_paths(out: str | Path, name: str, file_types: Sequence[FileType]) -> 
 
 
 def _check_paths(plan: Plan) -> None:
-    sources = {Path(file).resolve() for file in plan.checkpoint.files}
+    inputs = [path for path in plan.checkpoint.directory.iterdir() if path.suffix != ".gguf"]
+    inputs += [*plan.checkpoint.files, *([Path(plan.recipe.imatrix)] if plan.recipe.imatrix else [])]
+    read = {path.resolve() for path in inputs}
     for file in plan.files:
         if file.path.is_dir():
             raise PlanError(f"{file.path}: is a folder; give a file name")
-        if file.path.resolve() in sources:
-            raise PlanError(f"{file.path}: is a file of the checkpoint itself; choose another name")
+        if file.path.resolve() in read:
+            raise PlanError(f"{file.path}: is read by this job; choose another name for the result")
 
 
 def _fit_memory(steps: Sequence[Step], recipe: Recipe, headers: int) -> tuple[int, int, int]:

@@ -113,8 +113,10 @@ def _is_pair(pair: Any) -> bool:
     return isinstance(pair, (list, tuple)) and len(pair) == 2 and all(isinstance(part, str) for part in pair)
 
 
-def read_recipe(path: str | Path) -> Recipe:
-    """A Recipe from a YAML file whose keys are Recipe's fields. Raises RecipeError."""
+def read_recipe(path: str | Path, onto: Recipe | None = None) -> Recipe:
+    """A Recipe from a YAML file whose keys are Recipe's fields; the others are those of `onto`.
+
+    Raises RecipeError."""
     import yaml
 
     try:
@@ -123,4 +125,4 @@ def read_recipe(path: str | Path) -> Recipe:
         raise RecipeError(f"{path}: cannot be read as YAML: {' '.join(str(error).split())}") from error
     if not isinstance(data, Mapping):
         raise RecipeError(f"{path}: a recipe is a mapping such as 'types: [Q4_K_M]', not a {type(data).__name__}")
-    return parse_recipe(data, label=(f"{path}: " + "{}").format)
+    return parse_recipe(data, onto, label=lambda key: f"{path}: {key}")

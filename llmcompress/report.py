@@ -59,7 +59,8 @@ class Result:
     outputs: tuple[FileReport, ...]
     notes: tuple[str, ...]
     seconds: float
-    resumed: bool  # an earlier run of the same job had begun it
+    slabs: int
+    slabs_kept: int  # of an earlier run of the same job that did not get to its end
 
     @property
     def paths(self) -> tuple[Path, ...]:
@@ -75,7 +76,9 @@ class Result:
         return data
 
 
-def make_result(plan: Plan, errors: Mapping[tuple[int, int], Fidelity], seconds: float, resumed: bool) -> Result:
+def make_result(
+    plan: Plan, errors: Mapping[tuple[int, int], Fidelity], seconds: float, slabs_kept: int = 0
+) -> Result:
     """The report of a finished plan; `errors` is what verification measured, by (output, step)."""
     outputs = []
     for number, output in enumerate(plan.outputs):
@@ -88,7 +91,7 @@ def make_result(plan: Plan, errors: Mapping[tuple[int, int], Fidelity], seconds:
             ))  # fmt: skip
         paths = tuple(file.path for file in output.files)
         outputs.append(FileReport(output.file_type.name, paths, output.size, tuple(tensors)))
-    return Result(tuple(outputs), plan.notes, seconds, resumed)
+    return Result(tuple(outputs), plan.notes, seconds, sum(1 for _ in plan.slabs()), slabs_kept)
 
 
 def _product(shape: tuple[int, ...]) -> int:

@@ -7,22 +7,24 @@ place, in any order. A file is `NAME.part` until it is whole, checked, and on th
 
 from __future__ import annotations
 
-import errno
 import os
 import time
 import zlib
+from contextlib import closing
+from dataclasses import astuple
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from llmcompress.errors import InterruptedRun, RunError
-from llmcompress.journal import Journal, Sums, sync
+from llmcompress.errors import GGUFError, RunError
+from llmcompress.journal import Journal, Sums, cannot_be_written, lock, sync
 from llmcompress.parallel import in_parallel
-from llmcompress.plan import Placement, Plan, Slab, Step, check_disk, part_path
+from llmcompress.plan import OutputFile, Placement, Plan, Slab, Step, check_disk, part_path
 from llmcompress.progress import Progress
 from llmcompress.report import Result, make_result
 from llmcompress.slab import read_slab
-from llmcompress.verify import verify
+from llmcompress.verify import Fidelity, verify
 
 COMMIT_SECONDS = 2.0  # a kill loses at most the slabs of this long
 
@@ -30,56 +32,60 @@ COMMIT_SECONDS = 2.0  # a kill loses at most the slabs of this long
 def run(plan: Plan, progress: Progress | None = None) -> Result:
     """Carry out `plan`; the files have their real names when it returns.
 
-    Raises RunError for data that cannot be written faithfully (the partial files are removed), and lets
-    KeyboardInterrupt through with a state the same command goes on from.
+    Raises RunError for data that cannot be written faithfully (the partial files are removed), InterruptedRun
+    for a disk that cannot be written to, and lets KeyboardInterrupt through; after both, the same command goes on.
     """
     progress = progress or Progress()
     started = time.monotonic()
-    journal = Journal(plan.files[0].path.with_name(plan.files[0].path.name + ".journal"), plan.fingerprint())
-    resumed = journal.load()
-    if not journal.complete:
-        check_disk(plan)
-        with Parts(plan) as parts:
-            journal.start()
-            try:
-                _write_slabs(plan, parts, journal, progress)
-            except RunError:
-                parts.remove()
-                journal.remove()
-                raise
-            finally:
-                journal.close()
-    errors = verify(plan, progress) if not journal.complete else {}
-    journal.start()
-    if not journal.complete:
-        journal.finish()
-    for file in plan.files:
-        _rename(part_path(file.path), file.path)
-    journal.remove()
-    return make_result(plan, errors, seconds=time.monotonic() - started, resumed=resumed)
+    first = plan.files[0].path
+    with Journal(first.with_name(first.name + ".journal"), plan.fingerprint()) as journal:
+        if journal.checked is None or not all(_is_whole(file) for file in plan.files):
+            kept = _write_and_check(plan, journal, progress)
+        else:
+            kept = sum(1 for _ in plan.slabs())
+            _rename(plan)
+        journal.remove()
+        measured = {(output, step): Fidelity(*sums) for output, step, *sums in journal.checked or ()}
+    return make_result(plan, measured, seconds=time.monotonic() - started, slabs_kept=kept)
+
+
+def _write_and_check(plan: Plan, journal: Journal, progress: Progress) -> int:
+    """From headers to renamed files; returns how many slabs an earlier run had written."""
+    check_disk(plan)
+    with Parts(plan, fresh=not journal.done) as parts:
+        try:
+            kept = _write_slabs(plan, parts, journal, progress)
+            measured = verify(plan, progress)
+        except (RunError, GGUFError):
+            parts.remove()
+            journal.remove()
+            raise
+        journal.finish([(*place, *astuple(fidelity)) for place, fidelity in measured.items()])
+        _rename(plan)
+    return kept
 
 
 class Parts:
-    """The outputs while they are being written: `NAME.part` of the final size, header in place."""
+    """The outputs while they are being written: `NAME.part` of the final size, header in place, locked.
 
-    def __init__(self, plan: Plan) -> None:
+    `fresh` empties them first: what an earlier job left would show between the tensors.
+    """
+
+    def __init__(self, plan: Plan, fresh: bool) -> None:
         self.plan = plan
+        self.fresh = fresh
         self._descriptors: dict[Path, int] = {}
 
     def __enter__(self) -> Parts:
         try:
             for file in self.plan.files:
-                file.path.parent.mkdir(parents=True, exist_ok=True)
-                descriptor = os.open(part_path(file.path), os.O_RDWR | os.O_CREAT, 0o666)
-                self._descriptors[file.path] = descriptor
-                os.ftruncate(descriptor, file.size)
-                _write(descriptor, memoryview(file.header), 0)
-        except OSError as error:
+                self._open(file)
+        except BaseException:
             self.close()
-            raise RunError(f"{error.filename or file.path}: cannot be written: {error.strerror}") from error
+            raise
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.close()
 
     def write(self, output: int, placement: Placement, position: int, data: np.ndarray) -> int:
@@ -88,9 +94,7 @@ class Parts:
         try:
             _write(self._descriptor(output, placement), view, placement.offset + position)
         except OSError as error:
-            path = self.plan.outputs[output].files[placement.file].path
-            remedy = "make room and run the same command again" if error.errno == errno.ENOSPC else "see the disk"
-            raise InterruptedRun(f"{path}: cannot be written: {error.strerror}; {remedy}") from error
+            raise cannot_be_written(self.plan.outputs[output].files[placement.file].path, error) from error
         return zlib.crc32(view)
 
     def crc(self, output: int, placement: Placement, position: int, size: int) -> int:
@@ -98,8 +102,11 @@ class Parts:
         return zlib.crc32(os.pread(self._descriptor(output, placement), size, placement.offset + position))
 
     def sync(self) -> None:
-        for descriptor in self._descriptors.values():
-            sync(descriptor)
+        for path, descriptor in self._descriptors.items():
+            try:
+                sync(descriptor)
+            except OSError as error:
+                raise cannot_be_written(path, error) from error
 
     def close(self) -> None:
         while self._descriptors:
@@ -110,26 +117,42 @@ class Parts:
         for file in self.plan.files:
             part_path(file.path).unlink(missing_ok=True)
 
+    def _open(self, file: OutputFile) -> None:
+        try:
+            file.path.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(part_path(file.path), os.O_RDWR | os.O_CREAT, 0o666)
+            self._descriptors[file.path] = descriptor
+            lock(descriptor, file.path)
+            if self.fresh:
+                os.ftruncate(descriptor, 0)
+            os.ftruncate(descriptor, file.size)
+            _write(descriptor, memoryview(file.header), 0)
+        except OSError as error:
+            raise cannot_be_written(file.path, error) from error
+
     def _descriptor(self, output: int, placement: Placement) -> int:
         return self._descriptors[self.plan.outputs[output].files[placement.file].path]
 
 
-def _write_slabs(plan: Plan, parts: Parts, journal: Journal, progress: Progress) -> None:
-    """Write every slab the journal does not vouch for, noting progress every COMMIT_SECONDS."""
+def _write_slabs(plan: Plan, parts: Parts, journal: Journal, progress: Progress) -> int:
+    """Write every slab the journal does not vouch for, noting progress every COMMIT_SECONDS; returns the
+    number of those it does."""
     finished: dict[int, Sums] = {}
-    progress.start("writing", sum(_source_bytes(plan.steps[slab.step], slab) for slab in plan.slabs()))
-    tasks = ((index, slab) for index, slab in enumerate(plan.slabs()))
+    kept = 0
+    progress.start("writing", sum(plan.steps[slab.step].source_bytes(slab.rows) for slab in plan.slabs()))
     last = time.monotonic()
     try:
-        for index, slab, sums in in_parallel(plan.workers, tasks, lambda task: _do_slab(plan, parts, journal, *task)):
-            if index not in journal.done or journal.done[index] != sums:
-                finished[index] = sums
-            progress.advance(_source_bytes(plan.steps[slab.step], slab))
-            if time.monotonic() - last > COMMIT_SECONDS:
-                finished = _commit(parts, journal, finished)
-                last = time.monotonic()
+        with closing(in_parallel(plan.workers, enumerate(plan.slabs()), partial(_do_slab, plan, parts, journal))) as slabs:
+            for slab, written in slabs:
+                finished |= written
+                kept += not written
+                progress.advance(plan.steps[slab.step].source_bytes(slab.rows))
+                if time.monotonic() - last > COMMIT_SECONDS:
+                    finished = _commit(parts, journal, finished)
+                    last = time.monotonic()
     finally:
         _commit(parts, journal, finished)
+    return kept
 
 
 def _commit(parts: Parts, journal: Journal, finished: dict[int, Sums]) -> dict[int, Sums]:
@@ -139,24 +162,29 @@ def _commit(parts: Parts, journal: Journal, finished: dict[int, Sums]) -> dict[i
     return {}
 
 
-def _do_slab(plan: Plan, parts: Parts, journal: Journal, index: int, slab: Slab) -> tuple[int, Slab, Sums]:
-    """Write one slab to every output, unless an earlier run did and its bytes are still there."""
+def _do_slab(plan: Plan, parts: Parts, journal: Journal, numbered: tuple[int, Slab]) -> tuple[Slab, dict[int, Sums]]:
+    """Write one slab to every output, unless an earlier run did and its bytes are still there.
+
+    Returns the sums of what was written by the slab's number: nothing where nothing was."""
+    index, slab = numbered
     step = plan.steps[slab.step]
     places = [(number, output.placements[slab.step]) for number, output in enumerate(plan.outputs)]
-    known = journal.done.get(index)
-    if known is not None:
-        sizes = [slab.rows * place.grid.row_bytes(step.columns) for _, place in places]
-        found = (parts.crc(number, place, _position(step, slab, place), size)
-                 for (number, place), size in zip(places, sizes))  # fmt: skip
-        if known == tuple(found):
-            return index, slab, known
+    if index in journal.done and journal.done[index] == _sums_there(parts, places, step, slab):
+        return slab, {}
     weights = read_slab(plan.checkpoint, step, slab)
     importance = _importance(plan, step, slab)
     sums = tuple(
         parts.write(number, place, _position(step, slab, place), weights.encoded(place.grid, importance))
         for number, place in places
     )
-    return index, slab, sums
+    return slab, {index: sums}
+
+
+def _sums_there(parts: Parts, places: list[tuple[int, Placement]], step: Step, slab: Slab) -> Sums:
+    return tuple(
+        parts.crc(number, place, _position(step, slab, place), slab.rows * place.grid.row_bytes(step.columns))
+        for number, place in places
+    )
 
 
 def _position(step: Step, slab: Slab, place: Placement) -> int:
@@ -169,17 +197,23 @@ def _importance(plan: Plan, step: Step, slab: Slab) -> np.ndarray | None:
     return None if entry is None else entry[slab.first // step.shape[-2] if len(step.shape) > 2 else 0]
 
 
-def _source_bytes(step: Step, slab: Slab) -> int:
-    return slab.rows * step.columns * (4 if step.dtype == "F32" else 2)
-
-
 def _write(descriptor: int, data: memoryview, position: int) -> None:
     while data:
         count = os.pwrite(descriptor, data, position)
         data, position = data[count:], position + count
 
 
-def _rename(part: Path, path: Path) -> None:
-    """Give a finished file its name; one that an interrupted run already renamed is left alone."""
-    if part.exists():
-        os.replace(part, path)
+def _is_whole(file: OutputFile) -> bool:
+    """Whether a checked file is still there, under one of its two names."""
+    return any(path.is_file() and path.stat().st_size == file.size for path in (part_path(file.path), file.path))
+
+
+def _rename(plan: Plan) -> None:
+    """Give the finished files their names; one that an interrupted run already renamed is left alone."""
+    for file in plan.files:
+        part = part_path(file.path)
+        if part.exists():
+            try:
+                os.replace(part, file.path)
+            except OSError as error:
+                raise cannot_be_written(file.path, error) from error

@@ -54,9 +54,10 @@ def read_slab(checkpoint: Checkpoint, step: Step, slab: Slab) -> Weights:
     bad = first_nonfinite(raw, step.dtype)
     if bad >= 0:
         row, column = divmod(bad, step.columns)
+        row, column = (column, first + row) if step.operation.transposed else (first + row, column)
         raise RunError(
-            f"{piece.tensor.file}: tensor {piece.tensor.name!r} holds a NaN or infinity (row {first + row}, column "
-            f"{column} as written to {step.name}); the checkpoint is damaged: fetch or train it again"
+            f"{piece.tensor.file}: tensor {piece.tensor.name!r} holds a NaN or infinity (row {row}, column {column}); "
+            "the checkpoint is damaged: fetch or train it again"
         )
     if step.operation.arrange:
         raw = step.operation.arrange(raw)

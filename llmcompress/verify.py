@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +16,7 @@ from llmcompress.plan import Plan, Slab, Step, part_path
 from llmcompress.progress import Progress
 from llmcompress.slab import read_slab
 
+_CHUNK = 2**14  # weights squared at a time
 SAMPLED_WEIGHTS = 2**17  # of each tensor, as a rule
 NO_RESEMBLANCE = 0.9  # relative error; rows in the wrong place are at 1.4, the coarsest format at 0.6
 
@@ -46,27 +48,25 @@ def verify(plan: Plan, progress: Progress) -> dict[tuple[int, int], Fidelity]:
     """Reopen the partial files and check them; returns what was measured by (output, step).
 
     Raises RunError for a table that is not the plan's, a copied tensor that is not identical, a value that
-    is not finite, and a tensor that does not resemble its source.
+    is not finite, and rows that do not resemble their source.
     """
-    files = [[GGUFFile.open(part_path(file.path)) for file in output.files] for output in plan.outputs]
-    try:
+    with ExitStack() as opened:
+        files = [
+            [opened.enter_context(GGUFFile.open(part_path(file.path))) for file in output.files]
+            for output in plan.outputs
+        ]
         _check_tables(plan, files)
         if plan.recipe.verify == "off":
             return {}
         slabs = list(plan.slabs() if plan.recipe.verify == "full" else sample_slabs(plan))
-        progress.start("checking", sum(slab.rows * plan.steps[slab.step].columns for slab in slabs))
-        found: dict[tuple[int, int], Fidelity] = {}
-        for slab, measured in in_parallel(plan.workers, slabs, lambda slab: (slab, _compare(plan, files, slab))):
-            for number, fidelity in enumerate(measured):
-                key = (number, slab.step)
-                found[key] = found.get(key, Fidelity()) + fidelity
-            progress.advance(slab.rows * plan.steps[slab.step].columns)
-    finally:
-        for shards in files:
-            for file in shards:
-                file.close()
-    _check_resemblance(plan, found)
-    return found
+        progress.start("checking", sum(plan.steps[slab.step].source_bytes(slab.rows) for slab in slabs))
+        found: dict[tuple[int, int], list[tuple[int, Fidelity]]] = {}
+        with closing(in_parallel(plan.workers, slabs, lambda slab: (slab, _compare(plan, files, slab)))) as compared:
+            for slab, measured in compared:
+                for number, fidelity in enumerate(measured):
+                    found.setdefault((number, slab.step), []).append((slab.first, fidelity))
+                progress.advance(plan.steps[slab.step].source_bytes(slab.rows))
+    return {place: _resembling(plan, *place, parts) for place, parts in found.items()}
 
 
 def sample_slabs(plan: Plan) -> Iterator[Slab]:
@@ -102,8 +102,8 @@ def _compare(plan: Plan, files: list[list[GGUFFile]], slab: Slab) -> list[Fideli
         decoded = place.grid.dequantize(file.read(step.name, slab.first, slab.rows))
         if not np.isfinite(decoded).all():
             raise RunError(f"{file.path}: {step.name} decodes to a NaN or infinity near row {slab.first}")
-        difference = decoded - source.float32
-        fidelity = Fidelity(slab.rows, _squares(difference), _squares(source.float32))
+        np.subtract(decoded, source.float32, out=decoded)
+        fidelity = Fidelity(slab.rows, _squares(decoded), _squares(source.float32))
         if place.grid.name == step.dtype and step.operation.compute is None and fidelity.squared_error:
             raise RunError(f"{file.path}: {step.name} was copied and yet differs from its source near row {slab.first}")
         measured.append(fidelity)
@@ -111,16 +111,26 @@ def _compare(plan: Plan, files: list[list[GGUFFile]], slab: Slab) -> list[Fideli
 
 
 def _squares(values: np.ndarray) -> float:
-    flat = values.ravel().astype(np.float64)
-    return float(flat @ flat)
+    """The sum of squares in float64, without a float64 copy of it all."""
+    flat = values.ravel()
+    chunks = (flat[first : first + _CHUNK].astype(np.float64) for first in range(0, flat.size, _CHUNK))
+    return sum(float(chunk @ chunk) for chunk in chunks)
 
 
-def _check_resemblance(plan: Plan, found: dict[tuple[int, int], Fidelity]) -> None:
-    for (number, index), fidelity in found.items():
-        if fidelity.relative_error > NO_RESEMBLANCE:
+def _resembling(plan: Plan, number: int, index: int, parts: list[tuple[int, Fidelity]]) -> Fidelity:
+    """The sum of what was measured of one tensor. Raises RunError if rows are far from their source.
+
+    Rows are held against their own size, or the tensor's usual one where they are smaller: rows of almost
+    nothing, such as embeddings that were never trained, round to nothing.
+    """
+    total = sum((fidelity for _, fidelity in parts), Fidelity())
+    for first, part in parts:
+        usual = total.squared_weights * part.rows / total.rows
+        if part.squared_error > NO_RESEMBLANCE**2 * max(part.squared_weights, usual):
             place = plan.outputs[number].placements[index]
             raise RunError(
                 f"{plan.outputs[number].files[place.file].path}: {plan.steps[index].name} as {place.grid.name} does not "
-                f"resemble its source (relative error {fidelity.relative_error:.3g}, allowed {NO_RESEMBLANCE}); "
-                "give it a larger type with --tensor-type"
+                f"resemble its source near row {first} (relative error {part.relative_error:.3g}, allowed "
+                f"{NO_RESEMBLANCE}); give it a larger type with --tensor-type, or see whether the disk is sound"
             )
+    return total

@@ -61,9 +61,11 @@ def test_bf16_logits_are_transformers_logits(name: str, tokenizers: dict[str, Pa
     result = llmcompress.quantize(folder, tmp_path / "{type}.gguf", type=["BF16", "F32"], verify="full")
     with Model(result.paths[1]) as model:
         assert_same_logits(model.logits(ids), expected(folder, ids), 1e-3)
-    with Model(result.paths[0]) as model:  # ggml rounds activations to bf16 before each product
+    with Model(result.paths[0]) as model:
         found, wanted = model.logits(ids), expected(folder, ids)
-    assert np.abs(found - wanted).max() < 0.05 * np.ptp(wanted)
+    # ggml rounds activations to bf16 before each product, which may send a token to another expert
+    assert np.abs(found - wanted).mean() < 0.01 * np.ptp(wanted)
+    assert (found.argmax(-1) == wanted.argmax(-1)).mean() > 0.9
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -1,11 +1,11 @@
 """The loops that all block formats share.
 
-Quantizing takes sixteen blocks at a time, one to a lane. A format brings `encode(x, w, unit, parts, packed)`
-and says how errors are weighed. In there `x` and `w` are float32 `(block, 16)`: weight j of the block
-in each lane, and what its squared error counts. A block comes divided by a power of two, its `unit`, so
-that its largest weight lies in [1, 2): squares neither overflow nor vanish, and nothing is rounded.
-`parts`, float32 `(3, 16, 16)`, is room for what a format keeps for its sub-blocks; `packed`, uint8
-`(block_bytes, 16)`, takes byte i of every block.
+Quantizing with a search takes sixteen blocks at a time, one to a lane. A format brings
+`encode(x, w, unit, parts, packed)` and says how errors are weighed. In there `x` and `w` are float32
+`(block, 16)`: weight j of the block in each lane, and what its squared error counts. A block comes divided
+by a power of two, its `unit`, so that its largest weight lies in [1, 2): squares neither overflow nor
+vanish, and nothing is rounded. `parts`, float32 `(3, 16, 16)`, is room for what a format keeps for its
+sub-blocks; `packed`, uint8 `(block_bytes, 16)`, takes byte i of every block.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import numpy as np
 from numba import njit
 from numba.extending import register_jitable
 
+from llmcompress.grids.grid import Grid
 from llmcompress.grids.lanes import (
     WIDTH,
     absolute,
@@ -34,10 +35,28 @@ from llmcompress.grids.lanes import (
 
 # Numba's disk cache looks for changes only in the file a kernel stands in. Held in the closure of every
 # kernel, this makes it look at the files of the functions called from there as well.
-_SOURCES = hashlib.sha256(b"".join(file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py")))).digest()
+_FILES = sorted(Path(__file__).parent.glob("*.py"))
+_SOURCES = hashlib.sha256(b"".join(file.read_bytes() for file in _FILES)).digest()
 
 
-def compile_quantizer(block: int, block_bytes: int, weigh: Callable, weigh_plain: Callable, encode: Callable):
+def searched_grid(
+    name: str,
+    ggml_type: int,
+    block: int,
+    block_bytes: int,
+    weigh: Callable,
+    weigh_plain: Callable,
+    encode: Callable,
+    decode: Callable,
+) -> Grid:
+    """The grid made of these functions; see `compile_quantizer` and `compile_dequantizer`."""
+    quantize = compile_quantizer(block, block_bytes, weigh, weigh_plain, encode)
+    return Grid(name, ggml_type, block, block_bytes, quantize, compile_dequantizer(block, block_bytes, decode))
+
+
+def compile_quantizer(
+    block: int, block_bytes: int, weigh: Callable, weigh_plain: Callable, encode: Callable
+) -> Callable:
     """The quantize kernel of a format, as `Grid` wants it; compiled when first called, then kept on disk.
 
     `weigh(x, w, row_energy)` finds the importance of each weight in `w`, its mean over the row being
@@ -75,7 +94,24 @@ def compile_quantizer(block: int, block_bytes: int, weigh: Callable, weigh_plain
     return quantize
 
 
-def compile_dequantizer(block: int, block_bytes: int, decode: Callable):
+def compile_plain_quantizer(block_bytes: int, encode: Callable) -> Callable:
+    """The quantize kernel of a format without a search: `encode(weights, number, data)`.
+
+    It writes block `number` of flat float32 `weights` as `block_bytes` bytes of uint8 `data`.
+    """
+    sources = _SOURCES
+
+    @njit(cache=True, nogil=True, error_model="numpy")
+    def quantize(weights, importance, out):
+        sources  # noqa: B018
+        flat, blocks = weights.reshape(-1), out.reshape(-1, block_bytes)
+        for number in range(len(blocks)):
+            encode(flat, number, blocks[number])
+
+    return quantize
+
+
+def compile_dequantizer(block: int, block_bytes: int, decode: Callable) -> Callable:
     """The dequantize kernel of a format: `decode(data, values)` for uint8 and float32 of one block."""
     sources = _SOURCES
 

@@ -13,9 +13,7 @@ from numba.extending import register_jitable
 
 from llmcompress.grids.grid import Grid
 
-_CHUNK = 4096
-
-_LARGEST = {"F32": float(np.finfo(np.float32).max), "F16": 65504.0, "BF16": 3.3895313892515355e38}
+_CHUNK = 4096  # values looked at between two chances to stop early
 
 
 def to_float32(raw: np.ndarray, dtype: str) -> np.ndarray:
@@ -31,7 +29,7 @@ def to_float32(raw: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def first_nonfinite(raw: np.ndarray, dtype: str) -> int:
-    """Flat index of the first NaN or infinity in contiguous `raw` (as for `to_float32`); -1 if there is none."""
+    """Flat index of the first NaN or infinity in contiguous `raw`, as for `to_float32`; -1 if none."""
     words = raw.reshape(-1).view(np.uint32) if dtype == "F32" else _words(raw)
     exponent = {"F32": np.uint32(0x7F800000), "F16": np.uint16(0x7C00), "BF16": np.uint16(0x7F80)}[dtype]
     return int(_first_with_bits(words, exponent))
@@ -79,7 +77,7 @@ def _brains_to_float(words, values):
 
 @njit(cache=True, nogil=True)
 def _first_with_bits(words, exponent):
-    """Index of the first word with all bits of `exponent`; the chunk is the step of the early end."""
+    """Index of the first word with all bits of `exponent` set, or -1."""
     for start in range(0, words.size, _CHUNK):
         stop = min(start + _CHUNK, words.size)
         found = False
@@ -102,12 +100,14 @@ def _count_from(values, limit):
 
 @njit(cache=True, nogil=True)
 def _quantize_f32(weights, importance, out):
-    out.reshape(-1)[:] = weights.reshape(-1).view(np.uint8)
+    flat, values = weights.reshape(-1), out.reshape(-1).view(np.float32)
+    for i in range(flat.size):
+        values[i] = flat[i]
 
 
 @njit(cache=True, nogil=True)
 def _dequantize_f32(data, out):
-    out.reshape(-1).view(np.uint8)[:] = data.reshape(-1)
+    _quantize_f32(data.reshape(-1).view(np.float32), None, out.reshape(-1).view(np.uint8))
 
 
 @register_jitable
@@ -119,7 +119,8 @@ def half_bits_of(bits):
     half = min(rounded - (112 << 10), 0x7BFF)
     # Below the least normal float16, adding 1/2 leaves a float32 whose last bits count steps of 2^-24.
     if size < 113 << 23:
-        half = (np.uint32(size).view(np.float32) + np.float32(0.5)).view(np.uint32) & 0x7FF
+        shifted = np.float32(np.uint32(size).view(np.float32) + np.float32(0.5))
+        half = shifted.view(np.uint32) & 0x7FF
     if size > 0x7F800000:
         half = 0x7E00
     return np.uint16(sign | half)

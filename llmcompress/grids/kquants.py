@@ -10,9 +10,8 @@ from __future__ import annotations
 import numpy as np
 from numba.extending import register_jitable
 
-from llmcompress.grids.block_loop import compile_dequantizer, compile_quantizer
+from llmcompress.grids.block_loop import searched_grid
 from llmcompress.grids.floats import read_half
-from llmcompress.grids.grid import Grid
 from llmcompress.grids.lanes import absolute, fma, load, splat, sqrt, store, store_bytes
 from llmcompress.grids.rounding import split_code, store_half
 from llmcompress.grids.super_blocks import (
@@ -191,7 +190,7 @@ def decode_q2_k(data, values):
 
 
 # bytes 0-31: bit 2 of codes | 32-95: bits 0-1 | 96-107: scales + 32 | 108-109: d
-# scales: byte 96 + b, b < 8, bits 0-3 of scales b and b + 8; byte 104 + b, b < 4, bits 4-5 of b + (0, 4, 8, 12)
+# byte 96 + b, b < 8: bits 0-3 of scales b and b + 8 | 104 + b, b < 4: bits 4-5 of scales b + (0, 4, 8, 12)
 @register_jitable
 def encode_q3_k(x, w, unit, parts, packed):
     scales = parts[0]
@@ -216,7 +215,8 @@ def decode_q3_k(data, values):
         first, shift = 32 + b // 8 * 32 + b % 2 * 16, b % 8 // 2 * 2
         for j in range(16):
             top = data[b % 2 * 16 + j] >> b // 2 & 1
-            values[16 * b + j] = step * (np.float32((data[first + j] >> shift & 3) | top << 2) - np.float32(4.0))
+            code = (data[first + j] >> shift & 3) | top << 2
+            values[16 * b + j] = step * (np.float32(code) - np.float32(4.0))
 
 
 # bytes 0-1: d | 2-3: dmin | 4-15: scales and minima | 16-143: codes
@@ -291,13 +291,8 @@ def decode_q6_k(data, values):
             values[16 * b + j] = step * (np.float32(code) - np.float32(32.0))
 
 
-def _grid(name: str, ggml_type: int, block_bytes: int, weigh, weigh_plain, encode, decode) -> Grid:
-    quantize = compile_quantizer(BLOCK, block_bytes, weigh, weigh_plain, encode)
-    return Grid(name, ggml_type, BLOCK, block_bytes, quantize, compile_dequantizer(BLOCK, block_bytes, decode))
-
-
-Q2_K = _grid("Q2_K", 10, 84, weigh_q2_k, weigh_by_size, encode_q2_k, decode_q2_k)
-Q3_K = _grid("Q3_K", 11, 110, weigh, weigh_by_square, encode_q3_k, decode_q3_k)
-Q4_K = _grid("Q4_K", 12, 144, weigh, weigh_by_size_and_spread, encode_q4_k, decode_q4_k)
-Q5_K = _grid("Q5_K", 13, 176, weigh, weigh_by_size_and_spread, encode_q5_k, decode_q5_k)
-Q6_K = _grid("Q6_K", 14, 210, weigh_q6_k, weigh_by_square, encode_q6_k, decode_q6_k)
+Q2_K = searched_grid("Q2_K", 10, BLOCK, 84, weigh_q2_k, weigh_by_size, encode_q2_k, decode_q2_k)
+Q3_K = searched_grid("Q3_K", 11, BLOCK, 110, weigh, weigh_by_square, encode_q3_k, decode_q3_k)
+Q4_K = searched_grid("Q4_K", 12, BLOCK, 144, weigh, weigh_by_size_and_spread, encode_q4_k, decode_q4_k)
+Q5_K = searched_grid("Q5_K", 13, BLOCK, 176, weigh, weigh_by_size_and_spread, encode_q5_k, decode_q5_k)
+Q6_K = searched_grid("Q6_K", 14, BLOCK, 210, weigh_q6_k, weigh_by_square, encode_q6_k, decode_q6_k)

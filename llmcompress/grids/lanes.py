@@ -104,7 +104,8 @@ def _negate(context, builder, sig, args):
 def _call(builder, name: str, vectors: list):
     """Call an LLVM intrinsic on vectors."""
     kind = ir.FunctionType(_FLOATS, [_FLOATS] * len(vectors))
-    return builder.call(cgutils.get_or_insert_function(builder.module, kind, f"llvm.{name}.v{WIDTH}f32"), vectors)
+    function = cgutils.get_or_insert_function(builder.module, kind, f"llvm.{name}.v{WIDTH}f32")
+    return builder.call(function, vectors)
 
 
 def _unary(name: str):
@@ -174,6 +175,19 @@ def select(typing_context, mask, a, b):
         return builder.select(args[0], left, right)
 
     return LANES(mask, a, b), lower
+
+
+@intrinsic
+def largest_lane(typing_context, a):
+    """The largest of the sixteen values, none of them NaN."""
+
+    def lower(context, builder, sig, args):
+        kind = ir.FunctionType(ir.FloatType(), [_FLOATS])
+        name = f"llvm.vector.reduce.fmax.v{WIDTH}f32"
+        function = cgutils.get_or_insert_function(builder.module, kind, name)
+        return builder.call(function, args, fastmath=("nnan",))
+
+    return types.float32(LANES), lower
 
 
 @intrinsic
@@ -282,9 +296,9 @@ def _transposition(to_rows: bool):
 
 @intrinsic
 def to_lanes(typing_context, flat, offsets, rows, first):
-    """Sixteen runs of flat `flat`, `[offset + first : offset + first + 16]`, become `rows[first : first + 16]`.
+    """Make the runs `flat[offset + first : offset + first + 16]`, one to a lane, `rows[first : first + 16]`.
 
-    `offsets` is int64 `(16,)`, one for each lane; `rows` is `(n, 16)`, of the element type of `flat`.
+    `offsets` is int64 `(16,)`; `rows` is `(n, 16)`, of the element type of the flat array `flat`.
     """
     return types.void(flat, offsets, rows, types.int64), _transposition(to_rows=True)
 

@@ -9,17 +9,17 @@ from __future__ import annotations
 import numpy as np
 from numba.extending import register_jitable
 
-from llmcompress.grids.block_loop import compile_dequantizer, compile_quantizer
-from llmcompress.grids.floats import read_half
+from llmcompress.grids.block_loop import compile_dequantizer, compile_plain_quantizer, searched_grid
+from llmcompress.grids.floats import half_bits_of, read_half
 from llmcompress.grids.grid import Grid
 from llmcompress.grids.lanes import (
     absolute,
     fma,
+    largest_lane,
     load,
     maximum,
     minimum,
     round_away,
-    select,
     splat,
     sqrt,
     store,
@@ -48,11 +48,6 @@ def weigh(x, w, row_energy):
 def weigh_plain(x, w):
     for j in range(BLOCK):
         store(w, j, splat(1.0))
-
-
-@register_jitable
-def weigh_nothing(x, w):
-    pass
 
 
 @register_jitable
@@ -176,17 +171,20 @@ def decode_q5_1(data, values):
 
 # bytes 0-1: d | 2-33: codes, int8
 @register_jitable
-def encode_q8_0(x, w, unit, parts, packed):
-    """ggml's own rounding, byte for byte: codes by the exact scale, the scale then rounded to float16."""
-    largest = splat(0.0)
-    for j in range(BLOCK):
-        largest = maximum(absolute(load(x, j)), largest)
-    exact = largest / 127.0
-    d = round_to_half(exact * unit)
-    inverse = inverse_of(select(exact * unit > 65520.0, d / unit, exact))
-    for j in range(BLOCK):
-        store_bytes(packed, 2 + j, round_away(minimum(maximum(load(x, j) * inverse, -127.0), 127.0)))
-    store_half(packed, 0, d)
+def encode_q8_0(flat, number, data):
+    """Block `number` of `flat`, ggml's bytes exactly: codes by the scale before it is rounded to float16.
+
+    No importance changes a scale that the largest weight decides, and with nothing to search a
+    block is done along its weights.
+    """
+    first, second = load(flat, 2 * number), load(flat, 2 * number + 1)
+    d = largest_lane(maximum(absolute(first), absolute(second))) / np.float32(127.0)
+    bits = half_bits_of(np.float32(d).view(np.uint32))
+    step = d if d < np.float32(65520.0) else np.float32(65504.0)
+    inverse = np.float32(1.0) / step if step > np.float32(0.0) else np.float32(0.0)
+    data[0], data[1] = bits & 255, bits >> 8
+    store_bytes(data[2:], 0, minimum(maximum(round_away(first * inverse), -127.0), 127.0))
+    store_bytes(data[2:], 1, minimum(maximum(round_away(second * inverse), -127.0), 127.0))
 
 
 @register_jitable
@@ -196,21 +194,10 @@ def decode_q8_0(data, values):
         values[j] = d * np.float32(np.int8(data[2 + j]))
 
 
-_quantize_q8_0 = compile_quantizer(BLOCK, 34, weigh, weigh_nothing, encode_q8_0)
-
-
-def _quantize_q8_0_alike(weights, importance, out):
-    """No importance changes a scale that the largest weight decides."""
-    _quantize_q8_0(weights, None, out)
-
-
-def _grid(name: str, ggml_type: int, block_bytes: int, encode, decode) -> Grid:
-    quantize = compile_quantizer(BLOCK, block_bytes, weigh, weigh_plain, encode)
-    return Grid(name, ggml_type, BLOCK, block_bytes, quantize, compile_dequantizer(BLOCK, block_bytes, decode))
-
-
-Q4_0 = _grid("Q4_0", 2, 18, encode_q4_0, decode_q4_0)
-Q4_1 = _grid("Q4_1", 3, 20, encode_q4_1, decode_q4_1)
-Q5_0 = _grid("Q5_0", 6, 22, encode_q5_0, decode_q5_0)
-Q5_1 = _grid("Q5_1", 7, 24, encode_q5_1, decode_q5_1)
-Q8_0 = Grid("Q8_0", 8, BLOCK, 34, _quantize_q8_0_alike, compile_dequantizer(BLOCK, 34, decode_q8_0))
+Q4_0 = searched_grid("Q4_0", 2, BLOCK, 18, weigh, weigh_plain, encode_q4_0, decode_q4_0)
+Q4_1 = searched_grid("Q4_1", 3, BLOCK, 20, weigh, weigh_plain, encode_q4_1, decode_q4_1)
+Q5_0 = searched_grid("Q5_0", 6, BLOCK, 22, weigh, weigh_plain, encode_q5_0, decode_q5_0)
+Q5_1 = searched_grid("Q5_1", 7, BLOCK, 24, weigh, weigh_plain, encode_q5_1, decode_q5_1)
+_quantize_q8_0 = compile_plain_quantizer(34, encode_q8_0)
+_dequantize_q8_0 = compile_dequantizer(BLOCK, 34, decode_q8_0)
+Q8_0 = Grid("Q8_0", 8, BLOCK, 34, _quantize_q8_0, _dequantize_q8_0)

@@ -105,8 +105,8 @@ def solve_affine(base, highest, sum_w, sum_x, sum_l, sum_ll, sum_xl):
 def fit_affine(x, w, start, size, high, highest, ends, rounds):
     """The grid x = step l + base with codes l in 0..high, step >= 0 and base <= highest.
 
-    Returns step, base and the sum of w l^2. `ends`, float32 `(k, 2)`: the codes, not whole, that the least and
-    the largest value are laid upon.
+    Returns step, base and the sum of w l^2. `ends`, float32 `(k, 2)`: the codes, not whole, that the least
+    and the largest value are laid upon.
     """
     least, most = extent(x, start, size)
     least = minimum(least, highest)

@@ -1,7 +1,8 @@
 """K-quants' second level: the scales of sub-blocks are themselves whole numbers times a float16.
 
 Sub-blocks are fitted one by one, their scales rounded to a common step, and then refined on the grid as it
-will be stored: each sub-block tries the neighbours of its scale, and least squares over the whole block renews the steps.
+will be stored: each sub-block tries the neighbours of its scale, and least squares over the whole block
+renews the steps.
 `scales` and `minima` are arrays of lanes, a row for each sub-block; they end as whole numbers. Steps
 are returned as float16 values in the units of the source; inside a block, a value is a value over `unit`.
 """
