@@ -6,42 +6,46 @@ converter writes them.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from math import prod
+from pathlib import Path
 
 import yaml
-from gguf import GGUFValueType, GGUFWriter
+from gguf import GGUFWriter
 from gguf import Metadata as ModelCard
 from gguf.utility import size_label
-
-from pathlib import Path
 
 from llmcompress import __version__
 from llmcompress.checkpoint import Checkpoint
 from llmcompress.gguf.value import Metadata, Value, ValueType, string
+from llmcompress.json_object import read_object
 from llmcompress.plan import Step
 from llmcompress.recipe import Recipe
 
-_SAMPLING = {"top_k": "top_k", "top_p": "top_p", "min_p": "min_p", "temperature": "temp"}
+_SAMPLING = {"top_k": ("top_k", int), "top_p": ("top_p", float), "min_p": ("min_p", float), "temperature": ("temp", float)}
 
 
 def general_metadata(
     architecture: str, checkpoint: Checkpoint, steps: Sequence[Step], recipe: Recipe
 ) -> tuple[Metadata, list[str]]:
-    """The `general.*` and `llmcompress.*` keys, and notes on what could not be read."""
+    """The `general.*` keys and those on what made the file, and notes on what could not be read."""
     total, expert_weights, experts = _count(steps)
     card, notes = _model_card(checkpoint, total)
-    card.name = recipe.name or card.name or checkpoint.name
+    card.name = recipe.name or (card.name if isinstance(card.name, str) else checkpoint.name)
     if card.size_label is None and total:
         card.size_label = size_label(total, total - expert_weights * experts, expert_weights, experts)
-    _add_sampling(card, checkpoint.directory)
+    _add_sampling(card, checkpoint.directory / "generation_config.json")
     writer = GGUFWriter(None, architecture)
     writer.add_type("model")
     card.set_gguf_meta_model(writer)
-    keys = {key: _value(value) for key, value in writer.kv_data[0].items()}
+    keys: Metadata = {}
+    for key, written in writer.kv_data[0].items():
+        value = _value(written)
+        if value is None:
+            notes.append(f"README.md: {key} cannot be {written.value!r} and is left out")
+        else:
+            keys[key] = value
     keys["llmcompress.version"] = string(__version__)
-    keys["llmcompress.recipe"] = string(recipe.as_json())
     if checkpoint.revision:
         keys["llmcompress.source.revision"] = string(checkpoint.revision)
     return keys, notes
@@ -58,15 +62,12 @@ def _model_card(checkpoint: Checkpoint, weights: int) -> tuple[ModelCard, list[s
     return ModelCard.apply_metadata_heuristic(ModelCard(), card, checkpoint.config, named, weights), notes
 
 
-def _add_sampling(card: ModelCard, directory: Path) -> None:
+def _add_sampling(card: ModelCard, path: Path) -> None:
     """The sampling defaults the model's authors recommend."""
-    path = directory / "generation_config.json"
-    if not path.is_file():
-        return
-    defaults = json.loads(path.read_text(encoding="utf-8"))
-    for key, name in _SAMPLING.items():
+    defaults = read_object(path) if path.is_file() else {}
+    for key, (name, kind) in _SAMPLING.items():
         if isinstance(defaults.get(key), (int, float)):
-            setattr(card, f"sampling_{name}", defaults[key])
+            setattr(card, f"sampling_{name}", kind(defaults[key]))
 
 
 def _count(steps: Sequence[Step]) -> tuple[int, int, int]:
@@ -76,8 +77,12 @@ def _count(steps: Sequence[Step]) -> tuple[int, int, int]:
     return sum(step.weights for step in steps), sum(prod(step.shape[1:]) for step in stacks), experts
 
 
-def _value(value) -> Value:
-    item = None if value.sub_type is None else ValueType(value.sub_type)
-    if value.type == GGUFValueType.ARRAY and item is None:  # gguf-py works the element type out when it writes
-        item = ValueType(GGUFValueType.get_type(value.value[0]))
-    return Value(ValueType(value.type), value.value, item)
+def _value(written) -> Value | None:
+    """gguf-py's value as ours; None where a model card held something of another kind."""
+    kind = ValueType(written.type)
+    if kind is ValueType.ARRAY:
+        words = [word for word in written.value if isinstance(word, str)]
+        return Value(kind, words, ValueType.STRING) if len(words) == len(written.value) and words else None
+    if kind is ValueType.STRING and not isinstance(written.value, str):
+        return None
+    return Value(kind, written.value)

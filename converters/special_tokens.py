@@ -183,7 +183,7 @@ def _adds(
     said = files.config.get(f"add_{role}_token")
     answer = bool(added) if added is not None else said if isinstance(said, bool) else default
     if isinstance(said, bool) and answer != said:
-        notes.append(f"add_{role}_token is {answer} by tokenizer.json, though {said} by tokenizer_config.json")
+        notes.append(f"add_{role}_token is {answer} by tokenizer.json, {said} by tokenizer_config.json")
     if answer and role not in found:
         notes.append(f"add_{role}_token is true, but no file names the {role} token: none is added")
         return False

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
 
@@ -194,7 +194,7 @@ def make_plan(
         _check_importance(file_type, steps, chosen, importance)
     paths = output_paths(out, checkpoint.name, file_types)
     outputs = [
-        _place(file_type, path, steps, choices[file_type], _typed(metadata, file_type, imatrix), recipe.split_max_size)
+        _place(file_type, path, steps, choices[file_type], _typed(metadata, file_type, recipe, imatrix), recipe)
         for file_type, path in zip(file_types, paths)
     ]
     headers = sum(len(file.header) for output in outputs for file in output.files)
@@ -324,9 +324,13 @@ def _check_importance(
             )
 
 
-def _typed(metadata: Metadata, file_type: FileType, imatrix: ImportanceMatrix | None) -> Metadata:
-    """The metadata with the keys llama-quantize appends for a file type and its importance matrix."""
+def _typed(
+    metadata: Metadata, file_type: FileType, recipe: Recipe, imatrix: ImportanceMatrix | None
+) -> Metadata:
+    """The metadata with the recipe of this one file, and the keys llama-quantize appends for a file type and
+    its importance matrix."""
     typed = dict(metadata)
+    typed["llmcompress.recipe"] = string(replace(recipe, types=(file_type.name,)).as_json())
     typed["general.quantization_version"] = u32(2)
     typed["general.file_type"] = u32(file_type.id)
     if imatrix is not None:
@@ -345,12 +349,12 @@ def _place(
     steps: Sequence[Step],
     chosen: Sequence[TypeChoice],
     metadata: Metadata,
-    split_max_size: int | None,
+    recipe: Recipe,
 ) -> Output:
-    """Lay one file type's tensors out in one file, or in shards of at most `split_max_size` bytes."""
+    """Lay one file type's tensors out in one file, or in shards of at most `recipe.split_max_size` bytes."""
     entries = [TensorEntry(step.name, step.shape, TYPES[choice.type]) for step, choice in zip(steps, chosen)]
     sizes = [GRIDS[choice.type].row_bytes(step.columns) * step.rows for step, choice in zip(steps, chosen)]
-    groups = split(sizes, split_max_size) if split_max_size else [list(range(len(entries)))]
+    groups = split(sizes, recipe.split_max_size) if recipe.split_max_size else [list(range(len(entries)))]
     paths = shard_names(path, len(groups)) if len(groups) > 1 else [path]
     files: list[OutputFile] = []
     placements: dict[int, Placement] = {}

@@ -26,7 +26,7 @@ FLOATS = ["F32", "F16", "BF16"]
 BLOCKS = [name for name in GRIDS if name not in FLOATS]
 SEARCHED = [name for name in BLOCKS if name != "Q8_0"]
 
-# Relative error, rms(x - decoded) / rms(x), of normal weights: what the format's bits can do, and a fifth more.
+# The relative error of normal weights: what the format's bits can do, and a fifth more.
 TYPICAL_ERROR = {
     "Q4_0": 0.10, "Q4_1": 0.09, "Q5_0": 0.05, "Q5_1": 0.045, "Q8_0": 0.007,
     "Q2_K": 0.36, "Q3_K": 0.21, "Q4_K": 0.09, "Q5_K": 0.045, "Q6_K": 0.025,
@@ -246,11 +246,11 @@ def test_rows_are_independent(name, importance):
 
 @pytest.mark.parametrize("name", SEARCHED)
 @settings(max_examples=20, deadline=None)
-@given(seed=st.integers(0, 2**32 - 1), exponent=st.integers(-140, 127), columns=st.sampled_from([256, 512, 1280]))
-def test_finite_weights_of_any_size(name, seed, exponent, columns):
+@given(seed=st.integers(0, 2**32 - 1), exponent=st.integers(-140, 127), blocks=st.integers(1, 5))
+def test_finite_weights_of_any_size(name, seed, exponent, blocks):
     grid = GRIDS[name]
     with np.errstate(over="ignore"):
-        x = np.nan_to_num(random(seed, 3, columns) * np.float32(2.0**exponent))
+        x = np.nan_to_num(random(seed, 3, 256 * blocks) * np.float32(2.0**exponent))
     decoded = grid.dequantize(grid.quantize(x))
     assert np.isfinite(decoded).all()
     if -10 <= exponent <= 10:
@@ -263,10 +263,12 @@ def test_finite_weights_of_any_size(name, seed, exponent, columns):
 def test_powers_of_two_change_nothing_but_the_scale(name, seed, exponent):
     grid = GRIDS[name]
     x, factor = random(seed, 2, 256), np.float32(2.0**exponent)
-    assert np.array_equal(grid.dequantize(grid.quantize(x * factor)), grid.dequantize(grid.quantize(x)) * factor)
+    decoded = grid.dequantize(grid.quantize(x))
+    assert np.array_equal(grid.dequantize(grid.quantize(x * factor)), decoded * factor)
 
 
-RAMP_4, RAMP_5 = "00112233445566778899aabbccddeeff", "0022446688aaccee"  # two codes to a byte, the low bits of five
+RAMP_4 = "00112233445566778899aabbccddeeff"  # two codes to a byte
+RAMP_5 = "0022446688aaccee"
 RAMP_2 = "00000000" + "55555555" + "aaaaaaaa" + "ffffffff"
 GOLDEN = {
     "Q4_0": "003c" + RAMP_4,
@@ -276,8 +278,8 @@ GOLDEN = {
     "Q8_0": "082c" + "8191a1b1c0d0e0f000102030404f5f6f" * 2,
     "Q2_K": "ef" * 16 + RAMP_2 * 4 + "7534b637",
     "Q3_K": ("00" * 7 + "ff" * 9) * 2 + "005555aaaaffff0000005555aaaaffff" * 4 + "00" * 12 + "48ac",
-    "Q4_K": "10242130" + "ff" * 4 + "fe" * 8 + RAMP_4 * 8,
-    "Q5_K": "10202130" + "ff" * 4 + "fe" * 8 + ("00" * 8 + "ff" * 8) * 2 + RAMP_5 * 16,
+    "Q4_K": "10242130" + "ff" * 4 + "fe" * 4 + "ef" * 4 + RAMP_4 * 8,
+    "Q5_K": "10202130" + "ff" * 4 + "fe" * 4 + "ef" * 4 + ("00" * 8 + "ff" * 8) * 2 + RAMP_5 * 16,
     "Q6_K": "004488cc" * 32 + RAMP_2 * 4 + "82" * 16 + "1098",
 }
 
@@ -291,20 +293,19 @@ def test_golden_bytes(name):
 
 
 def test_kernels_are_compiled_once(tmp_path):
-    """The disk cache works: a second process finds the first one's kernels."""
+    """A second process finds the kernels of the first on disk, although they are closures."""
     code = (
         "import numpy as np\n"
         "from llmcompress.grids import GRIDS\n"
-        "grid = GRIDS['Q4_0']\n"
+        "grid = GRIDS['Q8_0']\n"
         "grid.dequantize(grid.quantize(np.ones((1, 32), np.float32)))\n"
-        "print(sum(sum(k.stats.cache_hits.values()) for k in (grid.kernel_quantize, grid.kernel_dequantize)))"
+        "kernels = (grid.kernel_quantize, grid.kernel_dequantize)\n"
+        "print(sum(sum(kernel.stats.cache_hits.values()) for kernel in kernels))"
     )
     environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
-    hits = [
-        subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-        for _ in range(2)
-    ]
-    assert [run.stdout.strip() for run in hits] == ["0", "2"]
+    command = [sys.executable, "-c", code]
+    runs = [subprocess.run(command, env=environment, capture_output=True, text=True, check=True) for _ in range(2)]
+    assert [run.stdout.strip() for run in runs] == ["0", "2"]
 
 
 def test_find_grid():

@@ -1,0 +1,105 @@
+"""`general.*` from the model card, and the keys that say what made a file."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from llmcompress import __version__
+from llmcompress.converters.metadata import general_metadata
+from llmcompress.converters.to_gguf import plan_gguf
+from llmcompress.gguf.reader import GGUFFile
+from llmcompress.plan import Plan
+from llmcompress.recipe import Recipe
+from llmcompress.run import run
+
+CARD = """---
+license: apache-2.0
+language:
+- en
+- de
+tags:
+- stories
+base_model: someone/Base-7B-v0.1
+datasets:
+- someone/stories
+---
+# A model
+"""
+
+
+@pytest.fixture
+def model(root: Path, tmp_path: Path) -> Path:
+    """The example model under a name with all the parts that names have."""
+    return Path(shutil.copytree(root / "examples" / "sample-llama-6m", tmp_path / "Sample-Llama-6M-Instruct-v2"))
+
+
+def keys_of(model: Path, recipe: Recipe = Recipe()) -> tuple[dict, list[str]]:
+    plan: Plan = plan_gguf(model, model.parent / "x.gguf", recipe)
+    keys, notes = general_metadata("llama", plan.checkpoint, plan.steps, recipe)
+    return {key: value.value for key, value in keys.items()}, notes
+
+
+def test_the_model_card_and_the_name_are_taken_apart(model: Path) -> None:
+    (model / "README.md").write_text(CARD)
+    keys, notes = keys_of(model)
+    expected = {
+        "general.architecture": "llama", "general.type": "model", "general.name": "Sample Llama 6M Instruct v2",
+        "general.basename": "Sample-Llama", "general.finetune": "Instruct", "general.version": "v2",
+        "general.size_label": "6M", "general.license": "apache-2.0", "general.languages": ["en", "de"],
+        "general.tags": ["stories"], "general.base_model.count": 1, "general.base_model.0.name": "Base 7B v0.1",
+        "general.base_model.0.organization": "Someone", "general.base_model.0.version": "v0.1",
+        "general.base_model.0.repo_url": "https://huggingface.co/someone/Base-7B-v0.1",
+        "general.dataset.count": 1, "general.dataset.0.name": "Stories",
+    }  # fmt: skip
+    assert {key: keys[key] for key in expected} == expected and not notes
+
+
+def test_the_file_says_what_made_it(model: Path) -> None:
+    keys, _ = keys_of(model, Recipe(types=("Q6_K",), name="Mine", tensor_types=(("attn_v", "Q8_0"),)))
+    assert keys["general.name"] == "Mine" and keys["llmcompress.version"] == __version__
+    recipe = json.loads(keys["llmcompress.recipe"])
+    assert recipe == {"types": ["Q6_K"], "name": "Mine", "tensor_types": [["attn_v", "Q8_0"]]}
+
+
+def test_the_revision_of_a_hub_snapshot_is_kept(model: Path, tmp_path: Path) -> None:
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    snapshot = tmp_path / "hub" / "models--org--Tiny-6M" / "snapshots" / commit
+    shutil.copytree(model, snapshot)
+    keys, _ = keys_of(snapshot)
+    assert keys["llmcompress.source.revision"] == commit and keys["general.name"] == "Tiny 6M"
+
+
+def test_sampling_defaults_are_kept(model: Path) -> None:
+    (model / "generation_config.json").write_text('{"temperature": 0.6, "top_k": 20.0, "top_p": 0.95, "min_p": null}')
+    keys, _ = keys_of(model)
+    assert (keys["general.sampling.temp"], keys["general.sampling.top_k"]) == (0.6, 20)
+    assert "general.sampling.min_p" not in keys
+
+
+@pytest.mark.parametrize(
+    "card, note",
+    [
+        ("---\ntags: [1, null, x]\n---\n", "general.tags cannot be [1, None, 'x'] and is left out"),
+        ("---\nlicense: {a: b}\n---\n", "general.license cannot be {'a': 'b'} and is left out"),
+        ("---\n: : :\n\t- [\n---\n", "its header cannot be read and is left out"),
+    ],
+)
+def test_what_a_model_card_gets_wrong_is_left_out_and_said(model: Path, card: str, note: str) -> None:
+    (model / "README.md").write_text(card)
+    _, notes = keys_of(model)
+    assert len(notes) == 1 and note in notes[0]
+
+
+def test_everything_reads_back(model: Path, tmp_path: Path) -> None:
+    (model / "README.md").write_text(CARD)
+    plan = plan_gguf(model, tmp_path / "x.gguf", Recipe(types=("F16",)))
+    run(plan)
+    keys, _ = general_metadata("llama", plan.checkpoint, plan.steps, plan.recipe)
+    with GGUFFile.open(tmp_path / "x.gguf") as file:
+        assert {key: file.metadata[key] for key in keys} == keys
+        assert file.metadata["general.file_type"].value == 1
+        assert file.metadata["general.quantization_version"].value == 2
