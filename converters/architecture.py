@@ -18,7 +18,7 @@ import numpy as np
 from llmcompress.checkpoint import Checkpoint, TensorInfo
 from llmcompress.errors import PlanError, nearest
 from llmcompress.gguf.value import Metadata, Value
-from llmcompress.plan import COPY, Operation, Piece, Step
+from llmcompress.step import COPY, Operation, Piece, Step
 
 
 class Config:

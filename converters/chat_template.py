@@ -6,6 +6,7 @@ from pathlib import Path
 from string import ascii_letters, digits
 from typing import Any
 
+from llmcompress.converters.small_file import read_text
 from llmcompress.errors import TokenizerError
 from llmcompress.json_object import read_object
 
@@ -22,7 +23,7 @@ def read_chat_templates(directory: Path, config: dict[str, Any]) -> dict[str, st
     more = sorted((directory / "additional_chat_templates").glob("*.jinja"))
     if file.is_file() or more:
         files = ([(DEFAULT, file)] if file.is_file() else []) + [(path.stem, path) for path in more]
-        return {_plain(name): _text(path) for name, path in files}
+        return {_plain(name): read_text(path) for name, path in files}
     where, entry = directory / "tokenizer_config.json", config.get("chat_template")
     if entry is None and (directory / "chat_template.json").is_file():
         where = directory / "chat_template.json"
@@ -51,12 +52,3 @@ def _named(entry: Any, where: Path) -> list[tuple[str, str]]:
 def _plain(name: str) -> str:
     """The name as it can stand in a metadata key."""
     return "".join(c if c in ascii_letters + digits else "_" for c in name)
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text("utf-8")
-    except UnicodeDecodeError as error:
-        raise TokenizerError(
-            f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); fetch the file again"
-        ) from None

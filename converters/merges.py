@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 
 from llmcompress.errors import TokenizerError
@@ -41,6 +42,17 @@ def scores(merges: Iterable[tuple[str, str]]) -> dict[str, float]:
     for position, (left, right) in enumerate(merges):
         result.setdefault(left + right, -float(position))
     return result
+
+
+def follow(merges: Iterable[tuple[str, str]], scores: dict[str, float]) -> bool:
+    """Whether the merges come in the order of their results' scores, the best first."""
+    before = math.inf
+    for left, right in merges:
+        score = scores.get(left + right, math.inf)
+        if score > before:
+            return False
+        before = score
+    return True
 
 
 def lacking(merges: list[tuple[str, str]], tokens: set[str]) -> int:

@@ -19,8 +19,8 @@ from llmcompress import __version__
 from llmcompress.checkpoint import Checkpoint
 from llmcompress.gguf.value import Metadata, Value, ValueType, string
 from llmcompress.json_object import read_object
-from llmcompress.plan import Step
 from llmcompress.recipe import Recipe
+from llmcompress.step import Step
 
 _SAMPLING = {"top_k": ("top_k", int), "top_p": ("top_p", float), "min_p": ("min_p", float), "temperature": ("temp", float)}
 

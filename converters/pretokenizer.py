@@ -54,7 +54,7 @@ def find_pretokenizer(
 
     `flags` are those of pretokenizers.json that are known of this tokenizer: `ignore_merges` must agree, and
     of the names left the one that agrees in most others is taken. `encode` gives the ids of a text, special
-    tokens included; it is called only where no regex list matches. Raises TokenizerError where nothing matches.
+    tokens included; it is called only where no regex list matches. Raises TokenizerError where nothing does.
     """
     stages = tuple(stage for step in steps if (stage := _stage(step)))
     names = _names_of(stages)
@@ -65,7 +65,9 @@ def find_pretokenizer(
     if digest in _table()["hashes"]:
         return _table()["hashes"][digest], "the hash of the check text"
     if names:
-        return next(iter(names)), "its regexes (llama.cpp has none that treats whole words in the vocabulary so)"
+        return next(
+            iter(names)
+        ), "its regexes (llama.cpp has none that treats whole words in the vocabulary so)"
     raise TokenizerError(
         f"{where}: llama.cpp has no pre-tokenizer with the regexes {' then '.join(stages) or '(none)'}; "
         f"the nearest are {', '.join(_nearest_names(stages))}: choose one with --pre NAME"

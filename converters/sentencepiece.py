@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from llmcompress.converters.small_file import read_bytes
 from llmcompress.errors import TokenizerError
 
 UNIGRAM, BPE = 1, 2
@@ -41,7 +42,7 @@ class SentencePieceModel:
 def read_sentencepiece(path: Path) -> SentencePieceModel:
     """Parses a tokenizer.model. Raises TokenizerError where it is not a SentencePiece model."""
     try:
-        return _model(path.read_bytes())
+        return _model(read_bytes(path))
     except (ValueError, IndexError, struct.error) as error:
         raise TokenizerError(
             f"{path}: not a SentencePiece model ({error}); is the download complete?"

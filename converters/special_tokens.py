@@ -22,6 +22,7 @@ KEYS = {
     "middle": "fim_mid_token_id",
 }
 _IN_CONFIG = ("bos", "eos", "unk", "sep", "pad", "mask")
+_ENDS = ("eos", "eot", "eom")
 _IN_SENTENCEPIECE = ("bos", "eos", "unk", "pad")
 
 # Texts by which llama.cpp knows that a token ends generation, whatever the metadata says.
@@ -156,9 +157,9 @@ def _take_other_ends(
         )
     texts = {id: text for text, id in ids.items() if id in ends}
     for id in ends:
-        if id in found.values() or texts.get(id) in _KNOWN_ENDS:
+        if texts.get(id) in _KNOWN_ENDS or id in (found.get(role) for role in _ENDS):
             continue
-        role = next((role for role in ("eot", "eom") if role not in found), None)
+        role = next((role for role in _ENDS if role not in found), None)
         if role is None:
             notes.append(f"id {id} ends generation too, which GGUF has no key left to say")
         else:

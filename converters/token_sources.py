@@ -8,9 +8,11 @@ from llmcompress.converters.token_table import TokenTable, TokenType
 from llmcompress.converters.tokenizer_files import TokenizerFiles
 from llmcompress.errors import TokenizerError
 
+_LARGEST_SCORE = 3e38  # of a float32
+
 
 def find_algorithm(files: TokenizerFiles) -> str:
-    """ "gpt2", "llama" or "t5". Raises TokenizerError for a tokenizer of another kind."""
+    """One of "gpt2", "llama" or "t5". Raises TokenizerError for a tokenizer of another kind."""
     if files.json is None:
         if files.sentencepiece is None:
             return "gpt2"
@@ -36,41 +38,48 @@ def find_algorithm(files: TokenizerFiles) -> str:
 
 def fill(table: TokenTable, files: TokenizerFiles, algorithm: str) -> list[str] | None:
     """Puts the model's tokens into `table`; GGUF's merges where the algorithm has them."""
-    if algorithm == "t5":
+    if algorithm == "gpt2":
+        return _fill_gpt2(table, files)
+    if files.json is None or (algorithm == "llama" and _agrees(files)):
+        _put_pieces(table, files.sentencepiece)
+    elif algorithm == "t5":
         _fill_t5(table, files)
-        return None
-    merges = list(bpe.pairs(files.merges, files.where))
-    if algorithm == "llama":
-        _fill_llama(table, files, merges)
-        return None
+    else:
+        _fill_llama(table, files)
+    return None
+
+
+def _agrees(files: TokenizerFiles) -> bool:
+    """Whether tokenizer.model has the tokens of tokenizer.json and joins them in the same order."""
+    spm = files.sentencepiece
+    if spm is None or spm.model_type != sentencepiece.BPE:
+        return False
+    if any(files.vocab.get(piece) != id for id, piece in enumerate(spm.pieces)):
+        return False
+    return bpe.follow(bpe.pairs(files.merges, files.where), dict(zip(spm.pieces, spm.scores, strict=True)))
+
+
+def _fill_gpt2(table: TokenTable, files: TokenizerFiles) -> list[str]:
     for text, id in files.vocab.items():
         table.put(id, text, TokenType.NORMAL)
+    merges = list(bpe.pairs(files.merges, files.where))
     lost = bpe.unknown(merges, table.ids)
     if lost:
         table.notes.append(f"{lost} merges name tokens that are not in the vocabulary: they never apply")
     return bpe.spelled(merges)
 
 
-def _fill_llama(table: TokenTable, files: TokenizerFiles, merges: list[tuple[str, str]]) -> None:
-    """tokenizer.model has the true scores: it goes first, unless it differs from what transformers reads."""
-    spm = files.sentencepiece
-    if spm and (not files.json or all(files.vocab.get(piece) == id for id, piece in enumerate(spm.pieces))):
-        _put_pieces(table, spm)
-        return
-    if spm:
-        table.notes.append(
-            "tokenizer.model differs from tokenizer.json, which is what transformers reads: not used"
-        )
+def _fill_llama(table: TokenTable, files: TokenizerFiles) -> None:
+    """Scores are made of the merges."""
+    if files.sentencepiece:
+        table.notes.append("tokenizer.model differs from tokenizer.json, which transformers reads: not used")
+    merges = list(bpe.pairs(files.merges, files.where))
     scores = bpe.scores(merges)
     unknown = files.model.get("unk_token")
     for text, id in files.vocab.items():
-        kind = (
-            TokenType.UNKNOWN if text == unknown else TokenType.BYTE if _is_byte(text) else TokenType.NORMAL
-        )
-        table.put(id, text, kind, scores.get(text, 0.0))
-    lacking = bpe.lacking(
-        merges, {text for text, id in table.ids.items() if table.types[id] == TokenType.NORMAL}
-    )
+        table.put(id, text, _type_of(text, text == unknown), scores.get(text, 0.0))
+    normal = {text for text, id in table.ids.items() if table.types[id] == TokenType.NORMAL}
+    lacking = bpe.lacking(merges, normal)
     if lacking:
         table.notes.append(
             f"{lacking} pairs of tokens join to a token without a merge of their own: "
@@ -79,18 +88,14 @@ def _fill_llama(table: TokenTable, files: TokenizerFiles, merges: list[tuple[str
 
 
 def _fill_t5(table: TokenTable, files: TokenizerFiles) -> None:
-    if files.json is None:
-        _put_pieces(table, files.sentencepiece)
-        return
     for id, entry in enumerate(files.vocab):
-        if not (isinstance(entry, list) and [type(part) for part in entry] in ([str, float], [str, int])):
+        kinds = [type(part) for part in entry] if isinstance(entry, list) else []
+        if kinds not in ([str, float], [str, int]) or not abs(entry[1]) <= _LARGEST_SCORE:
             raise TokenizerError(
                 f"{files.where}: vocab entry {id} is not a text with a score; fetch the file again"
             )
         text, score = entry
-        unknown = id == files.model.get("unk_id")
-        kind = TokenType.UNKNOWN if unknown else TokenType.BYTE if _is_byte(text) else TokenType.NORMAL
-        table.put(id, text, kind, float(score))
+        table.put(id, text, _type_of(text, id == files.model.get("unk_id")), float(score))
 
 
 def _put_pieces(table: TokenTable, spm: sentencepiece.SentencePieceModel) -> None:
@@ -98,5 +103,8 @@ def _put_pieces(table: TokenTable, spm: sentencepiece.SentencePieceModel) -> Non
         table.put(id, piece, kind, score)
 
 
-def _is_byte(text: str) -> bool:
-    return len(text) == 6 and text.startswith("<0x") and text.endswith(">")
+def _type_of(text: str, unknown: bool) -> TokenType:
+    if unknown:
+        return TokenType.UNKNOWN
+    is_byte = len(text) == 6 and text.startswith("<0x") and text.endswith(">")
+    return TokenType.BYTE if is_byte else TokenType.NORMAL

@@ -105,7 +105,8 @@ class TokenTable:
                 f"{self.where}: ids {self.ids[text]} and {id} are both {text[:40]!r}, "
                 "which llama.cpp refuses to load; rename one of them"
             )
-        self._reach(id + 1)
+        if id >= len(self.texts):
+            self._reach(id + 1)
         # llama.cpp looks for user-defined tokens in the text before it turns spaces into ▁.
         spaced = self.escapes and kind == TokenType.USER_DEFINED
         self.texts[id] = text.replace("▁", " ") if spaced else text

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from llmcompress.converters.sentencepiece import SentencePieceModel, read_sentencepiece
+from llmcompress.converters.small_file import read_text
 from llmcompress.errors import TokenizerError
 from llmcompress.json_object import read_object
 
@@ -58,13 +59,13 @@ class TokenizerFiles:
         steps, left = [], [(self.json or {}).get(name) or {}]
         while left:
             part = left.pop()
-            if not isinstance(part, dict):
-                raise TokenizerError(f"{self.where}: {name} has {str(part)[:40]!r} where an object belongs")
-            inner = next((part[key] for key in _SEQUENCES if isinstance(part.get(key), list)), None)
+            inner = next((part[key] for key in _SEQUENCES if isinstance(_object(part).get(key), list)), None)
             if inner is not None:
                 left += reversed(inner)
-            elif part:
+            elif isinstance(part, dict) and isinstance(part.get("type"), str):
                 steps.append(part)
+            elif part:
+                raise TokenizerError(f"{self.where}: {name} has {str(part)[:40]!r} where a step belongs")
         return steps
 
 
@@ -127,10 +128,7 @@ def _merges_txt(path: Path) -> list[str]:
     """The lines of GPT-2's merges.txt but its version line."""
     if not path.is_file():
         raise TokenizerError(f"{path}: not there, and vocab.json is nothing without it; fetch the file")
-    try:
-        lines = path.read_text("utf-8").split("\n")
-    except UnicodeDecodeError as error:
-        raise TokenizerError(f"{path}: not UTF-8 text (byte {error.start}); fetch the file again") from None
+    lines = read_text(path).split("\n")
     return [line.rstrip("\r") for line in lines[lines[0].startswith("#version") :] if line.strip()]
 
 

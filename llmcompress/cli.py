@@ -16,6 +16,7 @@ from llmcompress.errors import LlmcompressError, RecipeError
 
 app = typer.Typer(
     no_args_is_help=True,
+    pretty_exceptions_enable=False,
     add_completion=False,
     rich_markup_mode=None,
     help="Hugging Face language models to GGUF, quantized in one pass with bounded memory.",

@@ -14,7 +14,8 @@ from rich.table import Table
 from rich.text import Text
 
 from llmcompress.inspect import Inspection
-from llmcompress.plan import Output, Plan, disk_needs
+from llmcompress.output import Output
+from llmcompress.plan import Plan, disk_needs
 from llmcompress.progress import Progress
 from llmcompress.report import FileReport, Result
 from llmcompress.sizes import format_size

@@ -20,10 +20,12 @@ import numpy as np
 from llmcompress.errors import GGUFError, RunError
 from llmcompress.journal import Journal, Sums, cannot_be_written, lock, sync
 from llmcompress.parallel import in_parallel
-from llmcompress.plan import OutputFile, Placement, Plan, Slab, Step, check_disk, part_path
+from llmcompress.output import OutputFile, Placement, part_path
+from llmcompress.plan import Plan, check_disk
 from llmcompress.progress import Progress
 from llmcompress.report import Result, make_result
 from llmcompress.slab import read_slab
+from llmcompress.step import Slab, Step
 from llmcompress.verify import Fidelity, verify
 
 COMMIT_SECONDS = 2.0  # a kill loses at most the slabs of this long

@@ -11,7 +11,7 @@ from llmcompress.checkpoint import READABLE, Checkpoint
 from llmcompress.errors import RunError
 from llmcompress.grids.grid import Grid
 from llmcompress.grids.floats import first_nonfinite, to_float32
-from llmcompress.plan import Piece, Slab, Step
+from llmcompress.step import Piece, Slab, Step
 
 F16_LARGEST = 65504.0
 _CHUNK = 2**20  # bytes of a source read at a time where its columns become rows

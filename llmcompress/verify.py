@@ -12,11 +12,12 @@ import numpy as np
 from llmcompress.errors import RunError
 from llmcompress.gguf.reader import GGUFFile
 from llmcompress.parallel import in_parallel
-from llmcompress.plan import Plan, Slab, Step, part_path
+from llmcompress.output import part_path
+from llmcompress.plan import Plan
 from llmcompress.progress import Progress
 from llmcompress.slab import read_slab
+from llmcompress.step import Slab
 
-_CHUNK = 2**14  # weights squared at a time
 SAMPLED_WEIGHTS = 2**17  # of each tensor, as a rule
 NO_RESEMBLANCE = 0.9  # relative error; rows in the wrong place are at 1.4, the coarsest format at 0.6
 
@@ -111,10 +112,8 @@ def _compare(plan: Plan, files: list[list[GGUFFile]], slab: Slab) -> list[Fideli
 
 
 def _squares(values: np.ndarray) -> float:
-    """The sum of squares in float64, without a float64 copy of it all."""
-    flat = values.ravel()
-    chunks = (flat[first : first + _CHUNK].astype(np.float64) for first in range(0, flat.size, _CHUNK))
-    return sum(float(chunk @ chunk) for chunk in chunks)
+    """The sum of squares in float64; einsum casts piece by piece, and starts no threads as a BLAS product does."""
+    return float(np.einsum("i,i->", values.ravel(), values.ravel(), dtype=np.float64))
 
 
 def _resembling(plan: Plan, number: int, index: int, parts: list[tuple[int, Fidelity]]) -> Fidelity:

@@ -169,7 +169,11 @@ def test_scales_beyond_float16_saturate(name):
     assert abs(decoded).max() >= 65504
 
 
-@pytest.mark.parametrize("case", ["normal", "student", "wide", *EXTREMES])
+# In the others ggml writes an infinite scale, or divides by one that vanishes.
+IN_Q8_0_RANGE = [case for case in EXTREMES if case not in ("huge", "largest", "subnormal")]
+
+
+@pytest.mark.parametrize("case", ["normal", "student", "wide", *IN_Q8_0_RANGE])
 def test_q8_0_has_ggmls_bytes(case, ggml):
     grid = GRIDS["Q8_0"]
     rng = np.random.default_rng(3)
@@ -179,8 +183,6 @@ def test_q8_0_has_ggmls_bytes(case, ggml):
         "wide": rng.standard_normal((64, 1024)) * 10.0 ** rng.uniform(-9, 5, (64, 1024)),
     }.get(case)
     x = EXTREMES[case][None] if x is None else x.astype(np.float32)
-    if case in ("huge", "largest", "subnormal"):
-        pytest.skip("ggml writes an infinite scale, or divides by one that vanishes")
     assert np.array_equal(grid.quantize(x), ggml.quantize(x, grid.ggml_type))
     assert np.array_equal(grid.quantize(x, importance_of(x.shape[1])), grid.quantize(x))
 
@@ -277,10 +279,10 @@ GOLDEN = {
     "Q5_1": "003800c8" + "00ff00ff" + RAMP_5 * 2,
     "Q8_0": "082c" + "8191a1b1c0d0e0f000102030404f5f6f" * 2,
     "Q2_K": "ef" * 16 + RAMP_2 * 4 + "7534b637",
-    "Q3_K": ("00" * 7 + "ff" * 9) * 2 + "005555aaaaffff0000005555aaaaffff" * 4 + "00" * 12 + "48ac",
+    "Q3_K": ("00" * 7 + "ff" * 9) * 2 + "005555aaaaffff0000005555aaaaffff" * 4 + "00" * 12 + "4dac",
     "Q4_K": "10242130" + "ff" * 4 + "fe" * 4 + "ef" * 4 + RAMP_4 * 8,
     "Q5_K": "10202130" + "ff" * 4 + "fe" * 4 + "ef" * 4 + ("00" * 8 + "ff" * 8) * 2 + RAMP_5 * 16,
-    "Q6_K": "004488cc" * 32 + RAMP_2 * 4 + "82" * 16 + "1098",
+    "Q6_K": "004488cc" * 32 + RAMP_2 * 4 + "80" * 16 + "0098",
 }
 
 
@@ -304,8 +306,8 @@ def test_kernels_are_compiled_once(tmp_path):
     )
     environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
     command = [sys.executable, "-c", code]
-    runs = [subprocess.run(command, env=environment, capture_output=True, text=True, check=True) for _ in range(2)]
-    assert [run.stdout.strip() for run in runs] == ["0", "2"]
+    hits = [subprocess.check_output(command, env=environment, text=True).strip() for _ in range(2)]
+    assert hits == ["0", "2"]
 
 
 def test_find_grid():

@@ -22,7 +22,7 @@ from llmcompress import machine, run
 from llmcompress.converters.to_gguf import plan_gguf
 from llmcompress.errors import InterruptedRun, PlanError, RunError
 from llmcompress.journal import Journal
-from llmcompress.plan import part_path
+from llmcompress.output import part_path
 from llmcompress.progress import Progress
 from llmcompress.recipe import Recipe
 

@@ -46,7 +46,7 @@ NOT_NORMAL = [
     "\u212b \u2126 \u00b5 \u03bc compatibility",
 ]
 
-TOKENIZERS = {  # rows of the embedding, llama.cpp's algorithm, pre-tokenizer, texts that llama.cpp cuts otherwise
+TOKENIZERS = {  # rows of the embedding, algorithm, pre-tokenizer, texts that llama.cpp cuts otherwise
     "llama-2": (32000, "llama", "default", []),
     "llama-3-from-gguf": (128256, "gpt2", "llama-bpe", []),
     "qwen2": (151936, "gpt2", "qwen2", NOT_NORMAL),
@@ -159,7 +159,7 @@ class Opened:
 
 @pytest.fixture(scope="module")
 def opened(shared, tmp_path_factory) -> Callable[[str], Opened]:
-    """A tokenizer of ../shared converted and opened by llama.cpp, once for all tests: the large ones take seconds."""
+    """A tokenizer of ../shared, converted and opened by llama.cpp once: the large ones take seconds."""
 
     @functools.cache
     def open_once(name: str) -> Opened:
@@ -242,6 +242,23 @@ def test_mistrals_sentencepiece_models(shared, tmp_path, version: str) -> None:
     assert_agrees(vocabulary, tmp_path, theirs.encode)
 
 
+def test_a_space_before_a_text_that_has_one_is_noted(shared, tmp_path) -> None:
+    """transformers' Llama tokenizer adds a space only where a text has none, SentencePiece always: llama.cpp
+    does as SentencePiece. Its merges, too, come in another order than the scores say, which is kept."""
+    source = next((shared / "tokenizers" / "mistral").glob("*.model.v3"))
+    shutil.copy(source, tmp_path / "tokenizer.model")
+    transformers.LlamaTokenizer.from_pretrained(tmp_path).save_pretrained(tmp_path)
+    vocabulary = read_vocabulary(tmp_path, config(32768))
+    assert vocabulary.normalization.add_space_prefix
+    assert "a space before a text that begins with one" in " ".join(vocabulary.notes)
+    assert "tokenizer.model differs from tokenizer.json" in " ".join(vocabulary.notes)
+    theirs = hf_tokenizer(tmp_path)
+    known = [text for text in TEXTS if text.startswith(" ")]
+    assert_agrees(
+        vocabulary, tmp_path, lambda text: theirs.encode(text, add_special_tokens=False).ids, known=known
+    )
+
+
 def test_gpt2_from_vocab_json_and_merges_txt(shared, tmp_path) -> None:
     folder = shared / "tokenizers" / "gpt2"
     vocabulary = read_vocabulary(
@@ -308,7 +325,7 @@ def test_a_unigram_model_from_tokenizer_json(unigram, tmp_path) -> None:
     fast.save(str(tmp_path / "tokenizer.json"))
     vocabulary = read_vocabulary(tmp_path, config(len(spm.pieces)))
     assert vocabulary.model == "t5" and vocabulary.special.ids["unk"] == spm.unk_id
-    # Spaces at an end of the text are dropped by SentencePiece, not by this tokenizer.json. And tokenizers looks up
+    # SentencePiece drops spaces at the ends of a text, this tokenizer.json does not. And tokenizers looks up
     # a letter and its marks at once in the charsmap, SentencePiece and llama.cpp their longest known part.
     texts = [text for text in TEXTS if text == text.strip() and text and text not in NOT_NORMAL]
     assert_agrees(vocabulary, tmp_path, lambda text: fast.encode(text).ids, texts)
@@ -426,7 +443,8 @@ def test_add_bos_and_add_eos_are_what_transformers_does(sample, said: dict, sing
 
 
 def test_other_tokens_that_end_generation(sample) -> None:
-    (sample / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 4, 7, 8, 9]}))
+    ends = {"eos_token_id": [1, 4, 7, 8, 9], "pad_token_id": 7}
+    (sample / "generation_config.json").write_text(json.dumps(ends))
     special = read_vocabulary(sample, config(4096)).special
     # 4 is <|eot_id|>, which llama.cpp knows by its text.
     assert (special.ids["eos"], special.ids["eot"], special.ids["eom"]) == (1, 7, 8)
@@ -544,6 +562,11 @@ def write_small(folder: Path, tokenizer: object, settings: object = None) -> Pat
         (("model", "merges"), "a b", "merges are not a list"),
         (("model", "type"), "WordPiece", "a WordPiece model, for which llama.cpp has no algorithm"),
         (("model", "end_of_word_suffix"), "</w>", "with subword affixes"),
+        (
+            ("model",),
+            {"type": "Unigram", "vocab": [["a", 10**400]]},
+            "vocab entry 0 is not a text with a score",
+        ),
         (("added_tokens",), [{"id": -1, "content": "x"}], "added token .* lacks a text or an id"),
         (
             ("added_tokens",),

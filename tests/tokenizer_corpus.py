@@ -1,4 +1,4 @@
-"""Texts that tokenizers trip over: scripts, marks, digits, spaces, line ends, code. Written for these tests."""
+"""Texts that tokenizers trip over: scripts, marks, digits, spaces, line ends, code. Written for the tests."""
 
 SCRIPTS = [
     "The quick brown fox jumps over the lazy dog.",

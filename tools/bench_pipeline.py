@@ -23,12 +23,13 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from measure import Cost, machine, measure, middle
+from measure import Cost, end_of, machine, measure, middle
 
 from llmcompress import __version__
 from llmcompress.filetypes import find_file_type
 
 MIB = 2**20
+PROGRAM = [sys.executable, "-m", "llmcompress"]
 # What a job imports before it reads the checkpoint.
 IMPORTS = "import llmcompress.cli, llmcompress.display, llmcompress.converters.to_gguf, llmcompress.run"
 CYLLAMA = """import sys
@@ -58,13 +59,13 @@ class Bench:
 
     def ours(self, model: Path, out: Path) -> list[str | Path]:
         limit = ["--max-ram", self.max_ram] if self.max_ram else []
-        return [sys.executable, "-m", "llmcompress", "quantize", model, "-o", out, "--type", self.type, *limit]
+        return [*PROGRAM, "quantize", model, "-o", out, "--type", self.type, *limit]
 
     def convert(self, out: Path) -> tuple[str, list[str | Path]]:
         if self.convert_script:
-            command = [self.convert_python, self.convert_script, self.model, "--outtype", "f16", "--outfile", out]
-            return self.convert_script.name, command
-        return "our own convert --type F16", [sys.executable, "-m", "llmcompress", "convert", self.model, "-o", out, "--type", "F16"]
+            settings = ["--outtype", "f16", "--outfile", out]
+            return self.convert_script.name, [self.convert_python, self.convert_script, self.model, *settings]
+        return "our own convert --type F16", [*PROGRAM, "convert", self.model, "-o", out, "--type", "F16"]
 
     def quantize(self, source: Path, out: Path) -> tuple[str, list[str | Path]] | None:
         if self.llama_quantize:
@@ -104,54 +105,67 @@ def compare(bench: Bench, repeat: int) -> None:
     for number in range(1, repeat + 1):
         firsts.append(one_pass(bench))
         seconds.append(two_steps(bench))
-        print(f"round {number} of {repeat}: one pass {firsts[-1].seconds:.1f} s", flush=True)
+        steps = " + ".join(f"{cost.seconds:.1f} s" for _, cost in seconds[-1])
+        print(f"round {number} of {repeat}: one pass {firsts[-1].seconds:.1f} s, steps {steps}", flush=True)
     first = middle(firsts)
-    steps = [(column[0][0], middle([cost for _, cost in column])) for column in zip(*seconds)]
-    print(f"\n| {'medians of ' + str(repeat):36} | wall s |  CPU s | peak MiB | written MiB |")
-    print(f"|{'-' * 38}|-------:|-------:|---------:|------------:|")
-    print(row(f"llmcompress {__version__}, one pass", first))
-    for name, cost in steps:
-        print(row(f"step: {name}", cost))
-    if len(steps) == 2:
-        both = steps[0][1].then(steps[1][1])
-        print(row("two steps together", both))
-        print(f"\ntwo steps / one pass: wall {both.seconds / first.seconds:.2f}, CPU {both.cpu / first.cpu:.2f}, "
-              f"peak {both.peak / first.peak:.2f}, written {both.written / first.written:.2f}")  # fmt: skip
-    else:
-        print("\nnot run: llama.cpp's quantizer (no --llama-quantize, no cyllama), so there is no ratio")
+    show(repeat, first, [(column[0][0], middle([cost for _, cost in column])) for column in zip(*seconds)])
     print(f"one pass: peak {(first.peak - libraries) / MIB:.0f} MiB above the interpreter and its libraries "
           f"({libraries / MIB:.0f} MiB); --max-ram {bench.max_ram or '512MiB, the default'}")  # fmt: skip
 
 
+def show(repeat: int, first: Cost, steps: list[tuple[str, Cost]]) -> None:
+    print(f"\n| {f'medians of {repeat}':36} | wall s |  CPU s | peak MiB | own MiB | written MiB |")
+    print(f"|{'-' * 38}|-------:|-------:|---------:|--------:|------------:|")
+    print(row(f"llmcompress {__version__}, one pass", first))
+    for name, cost in steps:
+        print(row(f"step: {name}", cost))
+    if len(steps) < 2:
+        print("\nnot run: llama.cpp's quantizer (no --llama-quantize, no cyllama), so there is no ratio")
+        return
+    both = steps[0][1].then(steps[1][1])
+    print(row("two steps together", both))
+    figures = zip(vars(both), vars(both).values(), vars(first).values())
+    ratios = ", ".join(f"{name} {theirs / ours:.1f}" for name, theirs, ours in figures if ours)
+    print(f"\ntwo steps / one pass: {ratios}")
+
+
 def row(name: str, cost: Cost) -> str:
-    figures = f"{cost.seconds:6.1f} | {cost.cpu:6.1f} | {cost.peak / MIB:8.0f} | {cost.written / MIB:11.0f}"
-    return f"| {name:36} | {figures} |"
+    memory = f"{cost.peak / MIB:8.0f} | {cost.own / MIB:7.0f}"
+    return f"| {name:36} | {cost.seconds:6.1f} | {cost.cpu:6.1f} | {memory} | {cost.written / MIB:11.0f} |"
 
 
 def compile_kernels(bench: Bench, model: Path) -> None:
     """A tiny job, twice: the first compiles the kernels, which every later one finds on disk."""
     costs = [measure(bench.ours(model, bench.work / "tiny.gguf"), bench.env) for _ in range(2)]
-    print(f"first job on a machine: {costs[0].seconds - costs[1].seconds:.1f} s for compiling, not counted below; "
-          f"smallest job: {costs[1].seconds:.1f} s, {costs[1].cpu:.1f} CPU s, {costs[1].peak / MIB:.0f} MiB")  # fmt: skip
+    extra, least = costs[0].seconds - costs[1].seconds, costs[1]
+    print(f"first job on a machine: {extra:.1f} s for compiling, not counted below")
+    print(f"smallest job: {least.seconds:.1f} s, {least.cpu:.1f} CPU s, {least.peak / MIB:.0f} MiB", flush=True)
 
 
 def kill_and_resume(bench: Bench, kills: int, seed: int) -> bool:
-    """Kill the job at random moments, resume it, and compare every finished file with an undisturbed one."""
+    """Kill the job at random moments, go on from there, and compare what it ends in with an undisturbed file.
+
+    A run that ends before its moment is compared as well, and the next one starts from nothing.
+    """
     out, draw = bench.work / "killed.gguf", random.Random(seed)
     usual = one_pass(bench).seconds
     expected = sha256(bench.work / "one-pass.gguf")
-    moments, finished = [], []
-    while len(moments) < kills or not finished:
-        wait = draw.uniform(0, usual) if len(moments) < kills else None
-        if run_until(bench, out, wait):
+    moments: list[float] = []
+    finished: list[str] = []
+    while len(moments) < kills:
+        moment = draw.uniform(0, usual)
+        if run_until(bench, out, moment):
             finished.append(sha256(out))
             out.unlink()
         else:
-            moments.append(wait)
+            moments.append(moment)
+    run_until(bench, out, None)
+    finished.append(sha256(out))
     same = all(found == expected for found in finished)
-    print(f"killed {kills} times after {', '.join(f'{moment:.1f}' for moment in moments)} s (undisturbed: {usual:.1f} s), "
-          f"resumed each time; {len(finished)} finished files, {'all with the same' if same else 'NOT ALL with the'} "
-          f"sha256 {expected}")  # fmt: skip
+    after = ", ".join(f"{moment:.1f}" for moment in moments)
+    verdict = "all with the same" if same else "NOT ALL with the"
+    print(f"killed {kills} times, after {after} s (undisturbed: {usual:.1f} s)")
+    print(f"files finished in between and in the end: {len(finished)}, {verdict} sha256 {expected}")
     return same
 
 
@@ -167,8 +181,7 @@ def run_until(bench: Bench, out: Path, wait: float | None) -> bool:
             process.wait()
             return False
         if code:
-            log.seek(0)
-            raise RuntimeError(f"{' '.join(command)}: exit code {code}\n{log.read().decode(errors='replace')}")
+            raise RuntimeError(f"{' '.join(command)}: exit code {code}\n{end_of(log)}")
     return True
 
 
@@ -178,31 +191,32 @@ def sha256(file: Path) -> str:
 
 
 def help_time() -> str:
-    costs = [measure([sys.executable, "-m", "llmcompress", "--help"]) for _ in range(9)]
+    costs = [measure([*PROGRAM, "--help"]) for _ in range(9)]
     return f"llmcompress --help: {middle(costs).seconds:.3f} s (median of 9)"
 
 
 def synthetic(folder: Path, size: str) -> Path:
     """A synthetic checkpoint, made by another process so that this one, which measures, stays small."""
-    subprocess.run([sys.executable, Path(__file__).with_name("synthetic.py"), folder, "--size", size], check=True)
+    script = Path(__file__).with_name("synthetic.py")
+    subprocess.run([sys.executable, script, folder, "--size", size], check=True)
     return folder
 
 
 def arguments() -> argparse.Namespace:
+    installed = sys.executable if importlib.util.find_spec("cyllama") else None
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", default="tinyllama", help="of the synthetic checkpoint: tinyllama, 200m, 3b ...")
+    parser.add_argument("--size", default="tinyllama", help="of the checkpoint: tinyllama, 200m, 3b ...")
     parser.add_argument("--model", type=Path, help="a checkpoint to take instead")
     parser.add_argument("--type", default="Q4_K_M")
     parser.add_argument("--max-ram", help="passed on to our job")
     parser.add_argument("--convert-script", type=Path, help="llama.cpp's convert_hf_to_gguf.py")
     parser.add_argument("--convert-python", default=sys.executable, help="the Python that runs it")
     parser.add_argument("--llama-quantize", type=Path, help="llama.cpp's program")
-    parser.add_argument("--cyllama-python", default=sys.executable if importlib.util.find_spec("cyllama") else None,
-                        help="the Python that has the cyllama wheel")  # fmt: skip
+    parser.add_argument("--cyllama-python", default=installed, help="the Python that has the cyllama wheel")
     parser.add_argument("--repeat", type=int, default=1, help="rounds, of which medians are taken")
     parser.add_argument("--kills", type=int, default=0, help="also kill our job this often, and resume it")
     parser.add_argument("--seed", type=int, default=0, help="of the moments it is killed at")
-    parser.add_argument("--work", type=Path, help="where a folder for all files is made; by default the system's")
+    parser.add_argument("--work", type=Path, help="where a folder for all files is made")
     parser.add_argument("--keep", action="store_true", help="leave that folder")
     return parser.parse_args()
 
@@ -214,8 +228,8 @@ def main() -> int:
     try:
         model = given.model or synthetic(work / given.size, given.size)
         bench = Bench(
-            model, work, given.type, given.max_ram, given.convert_script, given.convert_python, given.llama_quantize,
-            given.cyllama_python,
+            model, work, given.type, given.max_ram, given.convert_script, given.convert_python,
+            given.llama_quantize, given.cyllama_python,
         )  # fmt: skip
         compile_kernels(bench, synthetic(work / "tiny", "1m"))
         compare(bench, given.repeat)

@@ -46,16 +46,18 @@ class Shape:
     def layer(self, number: int) -> list[Tensor]:
         hidden, ffn, kv = self.hidden, self.ffn, self.kv_heads * HEAD
         shapes = {
-            "input_layernorm": (hidden,), "mlp.down_proj": (hidden, ffn), "mlp.gate_proj": (ffn, hidden),
-            "mlp.up_proj": (ffn, hidden), "post_attention_layernorm": (hidden,), "self_attn.k_proj": (kv, hidden),
-            "self_attn.o_proj": (hidden, hidden), "self_attn.q_proj": (hidden, hidden), "self_attn.v_proj": (kv, hidden),
+            "input_layernorm": (hidden,), "post_attention_layernorm": (hidden,),
+            "mlp.down_proj": (hidden, ffn), "mlp.gate_proj": (ffn, hidden), "mlp.up_proj": (ffn, hidden),
+            "self_attn.k_proj": (kv, hidden), "self_attn.o_proj": (hidden, hidden),
+            "self_attn.q_proj": (hidden, hidden), "self_attn.v_proj": (kv, hidden),
         }  # fmt: skip
         return [(f"model.layers.{number}.{name}.weight", shape) for name, shape in shapes.items()]
 
     def tensors(self) -> list[Tensor]:
         layers = [tensor for number in range(self.layers) for tensor in self.layer(number)]
         table = (self.vocabulary, self.hidden)
-        return [("model.embed_tokens.weight", table), *layers, ("model.norm.weight", table[1:]), ("lm_head.weight", table)]
+        ends = [("model.norm.weight", table[1:]), ("lm_head.weight", table)]
+        return [("model.embed_tokens.weight", table), *layers, *ends]
 
     @property
     def weights(self) -> int:
@@ -88,7 +90,8 @@ def shape_of(size: str) -> Shape:
     vocabulary = TINYLLAMA.vocabulary if wanted >= 1e8 else TOKENIZER_SIZE
     widths = (256, *range(512, 16384 + 1, 512))
     candidates = [_of_width(width, vocabulary, wanted) for width in widths]
-    return min(candidates, key=lambda shape: abs(shape.layers - TINYLLAMA.layers * shape.hidden / TINYLLAMA.hidden))
+    aspect = TINYLLAMA.layers / TINYLLAMA.hidden
+    return min(candidates, key=lambda shape: abs(shape.layers - aspect * shape.hidden))
 
 
 def _of_width(width: int, vocabulary: int, weights: float) -> Shape:
@@ -145,7 +148,7 @@ def _bf16_weights(shape: tuple[int, ...], random: np.random.Generator) -> Iterat
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--size", default="tinyllama", help="tinyllama, or a number of weights such as 200m or 3b")
+    parser.add_argument("--size", default="tinyllama", help="tinyllama, or weights such as 200m or 3b")
     parser.add_argument("--shard-size", help="most bytes in one file, such as 2G")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
@@ -153,8 +156,10 @@ def main() -> None:
         shape = shape_of(given.size)
     except ValueError as error:
         parser.error(str(error))
-    write_checkpoint(given.folder, shape, parse_size(given.shard_size, "--shard-size") if given.shard_size else None, given.seed)
-    print(f"{given.folder}: {shape.weights / 1e6:.1f} million weights, {shape.layers} layers of width {shape.hidden}")
+    shard_size = parse_size(given.shard_size, "--shard-size") if given.shard_size else None
+    write_checkpoint(given.folder, shape, shard_size, given.seed)
+    millions = shape.weights / 1e6
+    print(f"{given.folder}: {millions:.1f} million weights, {shape.layers} layers of width {shape.hidden}")
 
 
 if __name__ == "__main__":

@@ -51,7 +51,8 @@ def searched_grid(
 ) -> Grid:
     """The grid made of these functions; see `compile_quantizer` and `compile_dequantizer`."""
     quantize = compile_quantizer(block, block_bytes, weigh, weigh_plain, encode)
-    return Grid(name, ggml_type, block, block_bytes, quantize, compile_dequantizer(block, block_bytes, decode))
+    dequantize = compile_dequantizer(block, block_bytes, decode)
+    return Grid(name, ggml_type, block, block_bytes, quantize, dequantize)
 
 
 def compile_quantizer(

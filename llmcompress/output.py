@@ -1,0 +1,113 @@
+"""One file type's result: its paths, its header, and the place of every tensor in it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from llmcompress.errors import PlanError
+from llmcompress.filetypes import FileType, TypeChoice
+from llmcompress.grids import GRIDS
+from llmcompress.grids.grid import Grid
+from llmcompress.gguf.imatrix import ImportanceMatrix
+from llmcompress.gguf.layout import TensorEntry, lay_out, shard_names, split, split_metadata
+from llmcompress.gguf.types import TYPES
+from llmcompress.gguf.value import Metadata, string, u32
+from llmcompress.recipe import Recipe
+from llmcompress.step import Step
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where one tensor goes in one output, in which type, and which rule decided it."""
+
+    grid: Grid
+    reason: str
+    file: int
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class OutputFile:
+    path: Path
+    header: bytes = field(repr=False)
+    size: int
+
+
+@dataclass(frozen=True)
+class Output:
+    """One file type's result: one file, or the shards of one."""
+
+    file_type: FileType
+    files: tuple[OutputFile, ...]
+    placements: tuple[Placement, ...]  # one for each step
+
+    @property
+    def size(self) -> int:
+        return sum(file.size for file in self.files)
+
+
+def place(
+    file_type: FileType,
+    path: Path,
+    steps: Sequence[Step],
+    chosen: Sequence[TypeChoice],
+    metadata: Metadata,
+    recipe: Recipe,
+) -> Output:
+    """Lay one file type's tensors out in one file, or in shards of at most `recipe.split_max_size` bytes."""
+    entries = [TensorEntry(step.name, step.shape, TYPES[choice.type]) for step, choice in zip(steps, chosen)]
+    sizes = [GRIDS[choice.type].row_bytes(step.columns) * step.rows for step, choice in zip(steps, chosen)]
+    groups = split(sizes, recipe.split_max_size) if recipe.split_max_size else [list(range(len(entries)))]
+    paths = shard_names(path, len(groups)) if len(groups) > 1 else [path]
+    files: list[OutputFile] = []
+    placements: dict[int, Placement] = {}
+    for number, (shard, group) in enumerate(zip(paths, groups)):
+        keys = metadata if len(groups) == 1 else split_metadata(metadata, number, len(groups), len(entries))
+        layout = lay_out(keys, [entries[i] for i in group])
+        files.append(OutputFile(shard, layout.header, layout.size))
+        for i, offset in zip(group, layout.offsets):
+            placements[i] = Placement(GRIDS[chosen[i].type], chosen[i].reason, number, offset, sizes[i])
+    return Output(file_type, tuple(files), tuple(placements[i] for i in range(len(steps))))
+
+
+def typed_metadata(
+    metadata: Metadata, file_type: FileType, recipe: Recipe, imatrix: ImportanceMatrix | None
+) -> Metadata:
+    """The metadata with the recipe of this one file, and the keys llama-quantize appends for a file type and
+    its importance matrix."""
+    typed = dict(metadata)
+    typed["llmcompress.recipe"] = string(replace(recipe, types=(file_type.name,)).as_json())
+    typed["general.quantization_version"] = u32(2)
+    typed["general.file_type"] = u32(file_type.id)
+    if imatrix is not None:
+        typed["quantize.imatrix.file"] = string(imatrix.source.name)
+        if imatrix.datasets:
+            typed["quantize.imatrix.dataset"] = string(imatrix.datasets[0][:127])  # llama.cpp keeps no more
+        typed["quantize.imatrix.entries_count"] = u32(len(imatrix.entries))
+        if imatrix.chunks is not None:
+            typed["quantize.imatrix.chunks_count"] = u32(imatrix.chunks)
+    return typed
+
+
+def output_paths(out: str | Path, name: str, file_types: Sequence[FileType]) -> list[Path]:
+    """One path for each file type from a file name, a template with {name} and {type}, or a folder."""
+    template = str(out)
+    if template.endswith(("/", "\\")) or Path(template).is_dir():
+        template = str(Path(template) / "{name}-{type}.gguf")
+    paths = []
+    for file_type in file_types:
+        try:
+            paths.append(Path(template.format(name=name, type=file_type.name)))
+        except (KeyError, IndexError, ValueError, AttributeError) as error:
+            raise PlanError(f"-o {out}: only {{name}} and {{type}} can stand in braces ({error})") from error
+    if len(set(paths)) < len(paths):
+        raise PlanError(f"-o {out}: {len(paths)} types would go to the same file; put {{type}} into the name")
+    return paths
+
+
+def part_path(path: Path) -> Path:
+    """The name a file has until it is complete and checked."""
+    return path.with_name(path.name + ".part")

@@ -1,0 +1,104 @@
+"""One tensor of the result: where its rows come from, what happens to them, and how they are cut into slabs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from math import prod
+
+import numpy as np
+
+from llmcompress.mix import NEVER_QUANTIZED, NEVER_QUANTIZED_NAMES
+from llmcompress.tensor_info import TensorInfo
+
+
+@dataclass(frozen=True)
+class Operation:
+    """What happens to rows between the checkpoint and the grid.
+
+    `arrange` reorders raw rows `(rows, columns)` of any dtype within runs of `group` rows; `compute`
+    maps float32 rows to float32 rows. `transposed` means that the rows are the source's columns.
+    """
+
+    name: str
+    group: int = 1
+    arrange: Callable[[np.ndarray], np.ndarray] | None = None
+    compute: Callable[[np.ndarray], np.ndarray] | None = None
+    transposed: bool = False
+
+
+COPY = Operation("copy")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """`rows` rows of a source tensor from row `first` on; of its transpose under a transposed operation."""
+
+    tensor: TensorInfo
+    first: int
+    rows: int
+
+
+@dataclass(frozen=True)
+class Step:
+    """One tensor of the result. `shape` is in NumPy's order; `pieces` follow each other row by row."""
+
+    name: str
+    shape: tuple[int, ...]
+    pieces: tuple[Piece, ...]
+    operation: Operation = COPY
+    computed: np.ndarray | None = None  # float32 values made from the config, where there is no source
+
+    @property
+    def columns(self) -> int:
+        return self.shape[-1]
+
+    @property
+    def rows(self) -> int:
+        return prod(self.shape[:-1])
+
+    @property
+    def weights(self) -> int:
+        return prod(self.shape)
+
+    @property
+    def dtype(self) -> str:
+        return self.pieces[0].tensor.dtype if self.pieces else "F32"
+
+    def source_bytes(self, rows: int) -> int:
+        """Bytes of `rows` rows in the checkpoint."""
+        return rows * self.columns * (4 if self.dtype == "F32" else 2)
+
+
+@dataclass(frozen=True)
+class Slab:
+    """Rows `first` to `first + rows` of a step: the unit of reading, quantizing, writing and resuming."""
+
+    step: int
+    first: int
+    rows: int
+
+
+def stored_type(step: Step) -> str:
+    """The type an unquantized GGUF holds the tensor in: float32 for what is never quantized, such as norms and
+    routers, and the checkpoint's own for matrices."""
+    kept = step.name in NEVER_QUANTIZED_NAMES or any(part in step.name for part in NEVER_QUANTIZED)
+    return "F32" if kept or len(step.shape) == 1 or step.computed is not None else step.dtype
+
+
+def slabs_of(index: int, step: Step, slab_weights: int) -> Iterator[Slab]:
+    """Runs of rows that stay inside one piece and one matrix and never cut a group."""
+    size = slab_rows(step, slab_weights)
+    matrix = step.shape[-2] if len(step.shape) > 2 else step.rows
+    first = 0
+    for piece in step.pieces or (None,):
+        end = first + (piece.rows if piece else step.rows)
+        while first < end:
+            rows = min(size, end - first, matrix - first % matrix)
+            yield Slab(index, first, rows)
+            first += rows
+
+
+def slab_rows(step: Step, slab_weights: int) -> int:
+    rows = max(1, slab_weights // step.columns)
+    return max(rows // step.operation.group, 1) * step.operation.group

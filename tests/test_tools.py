@@ -1,0 +1,93 @@
+"""The programs in tools/: the synthetic checkpoint is a model others load, and the benchmark runs whole."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import transformers
+from conftest import ROOT
+from safetensors import safe_open
+
+sys.path.insert(0, str(ROOT / "tools"))
+import measure
+import synthetic
+
+BLOCK = 256  # weights of a K type's super-block
+
+
+def run_tool(name: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, ROOT / "tools" / name, *arguments], capture_output=True, text=True)
+
+
+def test_tinyllama_is_the_real_ones_size() -> None:
+    assert synthetic.shape_of("tinyllama").weights == 1_100_048_384  # as its model card has it
+
+
+@pytest.mark.parametrize("size", ["1m", "10m", "50m", "200m", "1.1b", "3b", "13b", "70b"])
+def test_a_size_is_met_by_a_shape_that_k_types_hold(size: str) -> None:
+    shape = synthetic.shape_of(size)
+    wanted = float(size[:-1]) * {"m": 1e6, "b": 1e9}[size[-1]]
+    assert abs(shape.weights - wanted) < 0.1 * wanted
+    assert shape.hidden % BLOCK == shape.ffn % BLOCK == 0
+    assert shape.hidden // synthetic.HEAD % shape.kv_heads == 0
+
+
+def test_transformers_loads_a_sharded_synthetic_checkpoint(tmp_path: Path) -> None:
+    done = run_tool("synthetic.py", tmp_path / "model", "--size", "1m", "--shard-size", "500K")
+    assert done.returncode == 0, done.stderr
+    shape = synthetic.shape_of("1m")
+    shards = sorted((tmp_path / "model").glob("model-*.safetensors"))
+    assert len(shards) > 2
+    found = {}
+    for shard in shards:
+        with safe_open(shard, "pt") as file:
+            found |= {name: file.get_tensor(name) for name in file.keys()}
+    assert {name: tuple(tensor.shape) for name, tensor in found.items()} == dict(shape.tensors())
+    assert found["lm_head.weight"].float().std().item() == pytest.approx(synthetic.DEVIATION, rel=0.02)
+    assert found["model.norm.weight"].float().mean().item() == pytest.approx(1.0, abs=0.01)
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    model, info = load(tmp_path / "model", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert sum(weights.numel() for weights in model.parameters()) == shape.weights
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "model")
+    assert tokenizer.vocab_size == synthetic.TOKENIZER_SIZE
+
+
+def test_a_size_that_is_none_is_refused(tmp_path: Path) -> None:
+    done = run_tool("synthetic.py", tmp_path / "model", "--size", "huge")
+    assert done.returncode == 2 and "--size huge" in done.stderr
+    assert not (tmp_path / "model").exists()
+
+
+def test_measure_sees_memory_and_processor_time(tmp_path: Path) -> None:
+    code = "held = b'x' * 300_000_000; sum(range(9_000_000)); open(sys.argv[1], 'wb').write(b'12345')"
+    idle = measure.measure([sys.executable, "-c", "import time; time.sleep(0.5)"])
+    busy = measure.measure([sys.executable, "-c", f"import sys; {code}", tmp_path / "out"], out=tmp_path / "out")
+    assert idle.seconds >= 0.5 > idle.cpu
+    assert busy.peak > 300_000_000
+    assert busy.own > 300_000_000 or not Path("/proc").exists()
+    assert busy.cpu > 0 and busy.written == 5
+    both = idle.then(busy)
+    assert both.peak == max(idle.peak, busy.peak) and both.seconds == idle.seconds + busy.seconds
+
+
+def test_measure_shows_why_a_command_failed() -> None:
+    with pytest.raises(RuntimeError, match="exit code 3\n.*the reason"):
+        measure.measure([sys.executable, "-c", "import sys; print('the reason'); sys.exit(3)"])
+
+
+@pytest.mark.slow
+def test_the_pipeline_benchmark_runs_and_says_what_it_did_not(tmp_path: Path) -> None:
+    done = run_tool("bench_pipeline.py", "--size", "1m", "--type", "Q8_0", "--kills", "1", "--work", tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows = [line for line in done.stdout.splitlines() if line.startswith("| ")]
+    assert len(rows) == 3  # the heading, one pass, the first of two steps
+    assert "not run: llama.cpp's quantizer" in done.stdout
+    assert re.search(r"killed 1 times, after [\d.]+ s", done.stdout)
+    assert re.search(r"in the end: \d+, all with the same sha256 [0-9a-f]{64}", done.stdout)
+    assert re.search(r"--help: \d+\.\d+ s", done.stdout)
+    assert not list(tmp_path.iterdir())
