@@ -41,7 +41,9 @@ TABLES: set[str] = set()
 
 
 def tracked(root: Path) -> list[Path]:
-    names = subprocess.run(["git", "ls-files", "-z"], cwd=root, capture_output=True, check=True).stdout
+    """Files that git knows or would add."""
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    names = subprocess.run(command, cwd=root, capture_output=True, check=True).stdout
     return [root / name for name in names.decode().split("\0") if name and (root / name).exists()]
 
 

@@ -66,7 +66,8 @@ def test_a_size_that_is_none_is_refused(tmp_path: Path) -> None:
 def test_measure_sees_memory_and_processor_time(tmp_path: Path) -> None:
     code = "held = b'x' * 300_000_000; sum(range(9_000_000)); open(sys.argv[1], 'wb').write(b'12345')"
     idle = measure.measure([sys.executable, "-c", "import time; time.sleep(0.5)"])
-    busy = measure.measure([sys.executable, "-c", f"import sys; {code}", tmp_path / "out"], out=tmp_path / "out")
+    out = tmp_path / "out"
+    busy = measure.measure([sys.executable, "-c", f"import sys; {code}", out], out=out)
     assert idle.seconds >= 0.5 > idle.cpu
     assert busy.peak > 300_000_000
     assert busy.own > 300_000_000 or not Path("/proc").exists()

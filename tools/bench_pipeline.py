@@ -139,7 +139,8 @@ def compile_kernels(bench: Bench, model: Path) -> None:
     costs = [measure(bench.ours(model, bench.work / "tiny.gguf"), bench.env) for _ in range(2)]
     extra, least = costs[0].seconds - costs[1].seconds, costs[1]
     print(f"first job on a machine: {extra:.1f} s for compiling, not counted below")
-    print(f"smallest job: {least.seconds:.1f} s, {least.cpu:.1f} CPU s, {least.peak / MIB:.0f} MiB", flush=True)
+    memory = f"{least.peak / MIB:.0f} MiB"
+    print(f"smallest job: {least.seconds:.1f} s, {least.cpu:.1f} CPU s, {memory}", flush=True)
 
 
 def kill_and_resume(bench: Bench, kills: int, seed: int) -> bool:
@@ -204,7 +205,8 @@ def synthetic(folder: Path, size: str) -> Path:
 
 def arguments() -> argparse.Namespace:
     installed = sys.executable if importlib.util.find_spec("cyllama") else None
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    as_written = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_written)
     parser.add_argument("--size", default="tinyllama", help="of the checkpoint: tinyllama, 200m, 3b ...")
     parser.add_argument("--model", type=Path, help="a checkpoint to take instead")
     parser.add_argument("--type", default="Q4_K_M")

@@ -146,7 +146,8 @@ def _bf16_weights(shape: tuple[int, ...], random: np.random.Generator) -> Iterat
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    as_written = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_written)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--size", default="tinyllama", help="tinyllama, or weights such as 200m or 3b")
     parser.add_argument("--shard-size", help="most bytes in one file, such as 2G")
