@@ -5,7 +5,6 @@ import hashlib
 import json
 import random
 import shutil
-import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,20 +13,17 @@ import gguf
 import pytest
 import sentencepiece
 import transformers
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from llama_cpp import Model
 from tokenizer_corpus import TEXTS
+from tokenizer_material import config, copy_sample, hf_tokenizer, read_json, train_gemma, train_sentencepiece
 from tokenizers import (
     AddedToken,
     ByteLevelBPETokenizer,
     Regex,
     Tokenizer,
-    decoders,
     models,
     normalizers,
     pre_tokenizers,
-    processors,
 )
 from vocabulary_file import differing, open_vocabulary
 
@@ -35,8 +31,7 @@ from llmcompress.converters.pretokenizer import _table
 from llmcompress.converters.sentencepiece import read_sentencepiece
 from llmcompress.converters.token_table import TokenType
 from llmcompress.converters.tokenizer import Vocabulary, read_vocabulary
-from llmcompress.errors import LlmcompressError, TokenizerError
-from llmcompress.gguf.value import ValueType
+from llmcompress.errors import TokenizerError
 
 # Qwen2 brings text into Unicode's normal form C first, llama.cpp never does: decomposed letters and
 # compatibility signs keep their spelling there. The conversion says so in a note.
@@ -67,18 +62,6 @@ GOLDEN = {  # llama.cpp's own vocabulary tests, and the tokenizer each is of
 }
 
 
-def config(rows: int, model_type: str = "llama") -> dict:
-    return {"vocab_size": rows, "model_type": model_type}
-
-
-def read_json(path: Path) -> dict:
-    return json.loads(path.read_text("utf-8"))
-
-
-def hf_tokenizer(folder: Path) -> Tokenizer:
-    return Tokenizer.from_file(str(folder / "tokenizer.json"))
-
-
 def assert_agrees(
     vocabulary: Vocabulary, folder: Path, theirs, texts: list[str] = TEXTS, known: list[str] = ()
 ) -> None:
@@ -89,64 +72,12 @@ def assert_agrees(
 
 @pytest.fixture
 def sample(root, tmp_path) -> Path:
-    """The sample model's tokenizer, to change at will."""
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
-        shutil.copy(root / "examples" / "sample-llama-6m" / name, tmp_path)
-    return tmp_path
+    return copy_sample(root, tmp_path)
 
 
 @pytest.fixture(scope="module")
 def gemma(tmp_path_factory) -> Path:
-    """A SentencePiece tokenizer as Gemma's: BPE, no space before the text, byte fallback, runs of spaces."""
-    folder = tmp_path_factory.mktemp("gemma")
-    train_sentencepiece(
-        folder,
-        model_type="bpe",
-        vocab_size=1200,
-        character_coverage=0.98,
-        byte_fallback=True,
-        split_digits=True,
-        add_dummy_prefix=False,
-        remove_extra_whitespaces=False,
-        normalization_rule_name="identity",
-        allow_whitespace_only_pieces=True,
-        pad_id=0,
-        eos_id=1,
-        bos_id=2,
-        unk_id=3,
-        pad_piece="<pad>",
-        eos_piece="<eos>",
-        bos_piece="<bos>",
-        unk_piece="<unk>",
-        user_defined_symbols=[
-            *("<mask>", "<unused0>", "<start_of_turn>", "<end_of_turn>"),
-            *("\n", "\n\n", "▁▁", "▁▁▁▁", "<table>"),
-        ],
-    )
-    settings = {
-        "tokenizer_class": "GemmaTokenizer",
-        "add_bos_token": True,
-        "add_eos_token": False,
-        "additional_special_tokens": ["<start_of_turn>", "<end_of_turn>"],
-    } | {f"{role}_token": f"<{role}>" for role in ("bos", "eos", "unk", "pad")}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    (folder / "config.json").write_text(json.dumps({"model_type": "gemma2"}))
-    return folder
-
-
-def train_sentencepiece(folder: Path, **options) -> None:
-    lines = [line for text in TEXTS for line in text.split("\n") if line.strip() and "\0" not in line]
-    lines += [f"{a} {b}" for a, b in zip(lines, reversed(lines), strict=True)]
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(lines),
-        model_prefix=str(folder / "tokenizer"),
-        minloglevel=2,
-        num_threads=1,
-        **options,
-    )
-
-
-# Token ids: llama.cpp's against the tokenizer's own.
+    return train_gemma(tmp_path_factory.mktemp("gemma"))
 
 
 @dataclass(frozen=True)
@@ -331,9 +262,6 @@ def test_a_unigram_model_from_tokenizer_json(unigram, tmp_path) -> None:
     assert_agrees(vocabulary, tmp_path, lambda text: fast.encode(text).ids, texts)
 
 
-# Fine-tunes.
-
-
 def test_a_fine_tune_with_more_tokens_and_another_order_converts(sample, tmp_path) -> None:
     """llama.cpp's converter refuses it: the hash of the check text is not in its list."""
     tokenizer = read_json(sample / "tokenizer.json")
@@ -367,38 +295,6 @@ def test_the_sample_model(root, tmp_path) -> None:
     assert vocabulary.chat_templates == {"default": (folder / "chat_template.jinja").read_text()}
 
 
-def test_merges_trained_by_tokenizers_are_said_to_be_incomplete(tmp_path) -> None:
-    vocab = {"<unk>": 0, "a": 1, "b": 2, "c": 3, "ab": 4, "bc": 5, "abc": 6}
-    fast = Tokenizer(models.BPE(vocab=vocab, merges=[("a", "b"), ("b", "c"), ("ab", "c")], unk_token="<unk>"))
-    fast.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
-    fast.save(str(tmp_path / "tokenizer.json"))
-    notes = " ".join(read_vocabulary(tmp_path, config(7)).notes)
-    assert "1 pairs of tokens join to a token without a merge" in notes  # a + bc
-    assert "no byte tokens" in notes
-
-
-# What is written besides the tokens.
-
-
-def test_metadata_types(sample) -> None:
-    found = {k: (v.type, v.item) for k, v in read_vocabulary(sample, config(4100)).metadata().items()}
-    texts, numbers = (ValueType.ARRAY, ValueType.STRING), (ValueType.ARRAY, ValueType.INT32)
-    flag, id = (ValueType.BOOL, None), (ValueType.UINT32, None)
-    assert found == {
-        "tokenizer.ggml.model": (ValueType.STRING, None),
-        "tokenizer.ggml.pre": (ValueType.STRING, None),
-        "tokenizer.ggml.tokens": texts,
-        "tokenizer.ggml.token_type": numbers,
-        "tokenizer.ggml.merges": texts,
-        "tokenizer.ggml.bos_token_id": id,
-        "tokenizer.ggml.eos_token_id": id,
-        "tokenizer.ggml.add_bos_token": flag,
-        "tokenizer.ggml.add_eos_token": flag,
-        "tokenizer.ggml.add_space_prefix": flag,
-        "tokenizer.chat_template": (ValueType.STRING, None),
-    }
-
-
 @pytest.mark.parametrize("name", ["llama-3-from-gguf", "qwen2", "phi-3-mini"])
 def test_special_ids_and_merges_are_those_of_gguf_py(opened, name: str) -> None:
     vocabulary = opened(name).vocabulary
@@ -406,309 +302,6 @@ def test_special_ids_and_merges_are_those_of_gguf_py(opened, name: str) -> None:
     assert vocabulary.special.ids.items() >= theirs.special_token_ids.items()
     assert (vocabulary.merges or []) == theirs.merges
     assert vocabulary.chat_templates.get("default") == theirs.chat_template
-
-
-def test_merges_with_spaces_are_spelled_as_gguf_py_does(sample) -> None:
-    tokenizer = read_json(sample / "tokenizer.json")
-    tokenizer["model"]["vocab"] |= {" ": 4096, "a b": 4097, " a b": 4098}
-    tokenizer["model"]["merges"].append([" ", "a b"])
-    (sample / "tokenizer.json").write_text(json.dumps(tokenizer))
-    merges = read_vocabulary(sample, config(4099)).merges
-    assert merges[-1] == "Ġ aĠb"
-    assert merges == gguf.SpecialVocab(sample, load_merges=True).merges
-
-
-BOS, EOS = ({"SpecialToken": {"id": f"<|{name}_of_text|>", "type_id": 0}} for name in ("begin", "end"))
-TEXT = {"Sequence": {"id": "A", "type_id": 0}}
-
-
-@pytest.mark.parametrize(
-    "said", [{}, {"add_bos_token": False}, {"add_bos_token": True, "add_eos_token": True}]
-)
-@pytest.mark.parametrize("single", [None, [TEXT], [BOS, TEXT], [BOS, TEXT, EOS], [TEXT, EOS]])
-def test_add_bos_and_add_eos_are_what_transformers_does(sample, said: dict, single: list | None) -> None:
-    tokenizer, settings = read_json(sample / "tokenizer.json"), read_json(sample / "tokenizer_config.json")
-    if single is None:
-        tokenizer["post_processor"] = None
-    else:
-        ids = {f"<|{name}_of_text|>": id for id, name in enumerate(("begin", "end"))}
-        special = {text: {"id": text, "ids": [id], "tokens": [text]} for text, id in ids.items()}
-        template = {"type": "TemplateProcessing", "single": single, "pair": [TEXT], "special_tokens": special}
-        tokenizer["post_processor"] = {"type": "Sequence", "processors": [template]}
-    (sample / "tokenizer.json").write_text(json.dumps(tokenizer))
-    (sample / "tokenizer_config.json").write_text(json.dumps(settings | said))
-    ids = transformers.AutoTokenizer.from_pretrained(sample).encode("x")
-    special = read_vocabulary(sample, config(4096)).special
-    assert (special.add_bos, special.add_eos) == (ids[0] == 0, ids[-1] == 1)
-
-
-def test_other_tokens_that_end_generation(sample) -> None:
-    ends = {"eos_token_id": [1, 4, 7, 8, 9], "pad_token_id": 7}
-    (sample / "generation_config.json").write_text(json.dumps(ends))
-    special = read_vocabulary(sample, config(4096)).special
-    # 4 is <|eot_id|>, which llama.cpp knows by its text.
-    assert (special.ids["eos"], special.ids["eot"], special.ids["eom"]) == (1, 7, 8)
-    assert "id 9 ends generation too" in " ".join(special.notes)
-
-
-def test_fill_in_the_middle_tokens(sample) -> None:
-    settings = read_json(sample / "tokenizer_config.json")
-    roles = {"prefix_token": "<|start_header_id|>", "suffix_token": {"content": "<|end_header_id|>"}}
-    (sample / "tokenizer_config.json").write_text(json.dumps(settings | roles))
-    metadata = read_vocabulary(sample, config(4096)).metadata()
-    assert metadata["tokenizer.ggml.fim_pre_token_id"].value == 2
-    assert metadata["tokenizer.ggml.fim_suf_token_id"].value == 3
-
-
-@pytest.mark.parametrize("where", ["files", "list", "string", "json"])
-def test_chat_templates_are_those_of_transformers(sample, where: str) -> None:
-    (sample / "chat_template.jinja").unlink()
-    settings = read_json(sample / "tokenizer_config.json")
-    if where == "files":
-        (sample / "chat_template.jinja").write_text("one")
-        (sample / "additional_chat_templates").mkdir()
-        (sample / "additional_chat_templates" / "tool_use.jinja").write_text("two")
-    elif where == "list":
-        named = [{"name": "default", "template": "one"}, {"name": "tool_use", "template": "two"}]
-        settings["chat_template"] = named
-    elif where == "string":
-        settings["chat_template"] = "one"
-    else:
-        (sample / "chat_template.json").write_text(json.dumps({"chat_template": "one"}))
-    (sample / "tokenizer_config.json").write_text(json.dumps(settings))
-    vocabulary = read_vocabulary(sample, config(4096))
-    metadata = vocabulary.metadata()
-    assert metadata["tokenizer.chat_template"].value == "one"
-    if where in ("files", "list"):
-        assert metadata["tokenizer.chat_template.tool_use"].value == "two"
-        assert metadata["tokenizer.chat_templates"].value == ["tool_use"]
-    if where != "json":  # which transformers leaves to processors
-        theirs = transformers.AutoTokenizer.from_pretrained(sample).chat_template
-        assert vocabulary.chat_templates == (theirs if isinstance(theirs, dict) else {"default": theirs})
-
-
-def test_token_types_of_added_tokens(sample) -> None:
-    texts = {
-        "<|x|>": 3,
-        "<｜y｜>": 3,
-        "<unused1>": 3,
-        "<pad>": 3,
-        "<mask>": 3,
-        "[@BOS@]": 3,
-        "<2mass>": 3,
-        "<tool>": 4,
-    }
-    tokenizer = hf_tokenizer(sample)
-    tokenizer.add_tokens([AddedToken(text, normalized=False) for text in texts])
-    tokenizer.save(str(sample / "tokenizer.json"))
-    vocabulary = read_vocabulary(sample, config(4104))
-    assert dict(zip(vocabulary.tokens[4096:], vocabulary.token_types[4096:], strict=True)) == texts
-
-
-# The embedding's rows.
-
-
-def test_ids_without_a_token_are_padded(sample) -> None:
-    vocabulary = read_vocabulary(sample, config(4099))
-    assert vocabulary.tokens[4096:] == ["[PAD4096]", "[PAD4097]", "[PAD4098]"]
-    assert vocabulary.token_types[4096:] == [TokenType.UNUSED] * 3
-    assert len(read_vocabulary(sample, config(4099), pad=False).tokens) == 4096
-    assert len(read_vocabulary(sample, {"text_config": {"vocab_size": 4098}}).tokens) == 4098
-    assert len(read_vocabulary(sample, {}, rows=4097).tokens) == 4097
-
-
-def test_too_many_tokens(sample) -> None:
-    with pytest.raises(TokenizerError, match=r"has id 4090, but the embedding has 4090 rows"):
-        read_vocabulary(sample, config(4090))
-    tokenizer = hf_tokenizer(sample)
-    tokenizer.add_special_tokens(["<image>"])
-    tokenizer.save(str(sample / "tokenizer.json"))
-    vocabulary = read_vocabulary(sample, config(4096))
-    assert len(vocabulary.tokens) == 4096
-    assert (
-        "1 added tokens have ids past the embedding's 4096 rows and are left out: <image>" in vocabulary.notes
-    )
-
-
-# Bad input.
-
-
-def small_tokenizer() -> dict:
-    vocab = {text: id for id, text in enumerate(["<unk>", "<s>", "a", "b", "ab", "Ġ"])}
-    fast = Tokenizer(models.BPE(vocab=vocab, merges=[("a", "b")], unk_token="<unk>"))
-    fast.normalizer = normalizers.Sequence([normalizers.NFC()])
-    fast.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.ByteLevel(add_prefix_space=False)])
-    fast.decoder = decoders.ByteLevel()
-    fast.add_special_tokens(["<unk>", "<s>"])
-    fast.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
-    return json.loads(fast.to_str())
-
-
-def write_small(folder: Path, tokenizer: object, settings: object = None) -> Path:
-    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
-    (folder / "tokenizer_config.json").write_text(json.dumps({} if settings is None else settings))
-    return folder
-
-
-@pytest.mark.parametrize(
-    ("path", "value", "message"),
-    [
-        (("model", "vocab", "a"), -1, "token 'a' has id -1, but the embedding has 8 rows"),
-        (("model", "vocab", "a"), 2**31, "token 'a' has id 2147483648, but the embedding has 8 rows"),
-        (("model", "vocab", "a"), True, "token 'a' has id True"),
-        (("model", "vocab", "a"), 3, "'a' and 'b' both have id 3"),
-        (("model", "vocab", "\ud800"), 6, "not Unicode"),
-        (("model", "merges"), [["a", "b", "c"]], "is not a merge of two parts"),
-        (("model", "merges"), "a b", "merges are not a list"),
-        (("model", "type"), "WordPiece", "a WordPiece model, for which llama.cpp has no algorithm"),
-        (("model", "end_of_word_suffix"), "</w>", "with subword affixes"),
-        (
-            ("model",),
-            {"type": "Unigram", "vocab": [["a", 10**400]]},
-            "vocab entry 0 is not a text with a score",
-        ),
-        (("added_tokens",), [{"id": -1, "content": "x"}], "added token .* lacks a text or an id"),
-        (
-            ("added_tokens",),
-            [{"id": 6, "content": "x"}, {"id": 6, "content": "y"}],
-            "2 added tokens have id 6",
-        ),
-        (("added_tokens",), [{"id": 6, "content": "ab"}], "ids 4 and 6 are both 'ab'"),
-        (("pre_tokenizer",), {"type": "Whitespace"}, "no pre-tokenizer with the regexes Whitespace"),
-    ],
-)
-def test_bad_tokenizers_are_refused(tmp_path, path: tuple, value: object, message: str) -> None:
-    tokenizer = part = small_tokenizer()
-    for key in path[:-1]:
-        part = part[key]
-    part[path[-1]] = value
-    with pytest.raises(TokenizerError, match=message):
-        read_vocabulary(write_small(tmp_path, tokenizer), config(8))
-
-
-def test_an_added_token_with_a_huge_id_takes_no_room(tmp_path) -> None:
-    tokenizer = small_tokenizer()
-    tokenizer["added_tokens"].append({"id": 2**31, "content": "<x>"})
-    vocabulary = read_vocabulary(write_small(tmp_path, tokenizer), config(8))
-    assert len(vocabulary.tokens) == 8
-    with pytest.raises(TokenizerError, match="an embedding of 2147483648 rows, the limit is"):
-        read_vocabulary(tmp_path, config(2**31))
-
-
-def test_merges_of_unknown_tokens_are_counted(tmp_path) -> None:
-    tokenizer = small_tokenizer()
-    tokenizer["model"]["merges"] += [["x", "y"], ["a", "a"]]
-    notes = read_vocabulary(write_small(tmp_path, tokenizer), config(8)).notes
-    assert "2 merges name tokens that are not in the vocabulary: they never apply" in notes
-
-
-def test_no_tokenizer_or_not_one(tmp_path) -> None:
-    with pytest.raises(
-        TokenizerError, match=r"no tokenizer\.json, tokenizer\.model or vocab\.json; save one"
-    ):
-        read_vocabulary(tmp_path, config(8))
-    (tmp_path / "tekken.json").write_text("{}")
-    with pytest.raises(TokenizerError, match=r"found tekken\.json, which is not read here"):
-        read_vocabulary(tmp_path, config(8))
-    (tmp_path / "tokenizer.json").write_text("not json")
-    with pytest.raises(LlmcompressError, match=r"tokenizer\.json: not valid JSON"):
-        read_vocabulary(tmp_path, config(8))
-    write_small(tmp_path, small_tokenizer())
-    with pytest.raises(TokenizerError, match=r"config\.json: no vocab_size"):
-        read_vocabulary(tmp_path, {})
-    with pytest.raises(TokenizerError, match="of kind 'gpt2', but this architecture needs 'llama'"):
-        read_vocabulary(tmp_path, config(8), kind="llama")
-    with pytest.raises(TokenizerError, match="--pre gpt2: .*did you mean 'gpt-2'"):
-        read_vocabulary(tmp_path, config(8), pre="gpt2")
-
-
-JUNK = st.one_of(
-    st.none(),
-    st.booleans(),
-    st.integers(-5, 10**12),
-    st.floats(),
-    st.text(max_size=3),
-    st.lists(st.one_of(st.none(), st.integers(0, 5), st.text(max_size=2)), max_size=3),
-    st.dictionaries(st.text(max_size=3), st.one_of(st.none(), st.text(max_size=2)), max_size=2),
-)
-
-
-def places(value: object, path: tuple = ()) -> list[tuple]:
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    return [path] * bool(path) + [place for key, inner in items for place in places(inner, (*path, key))]
-
-
-@given(data=st.data())
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_any_part_of_a_tokenizer_may_be_junk(tmp_path, data) -> None:
-    """It is read or refused: no other exception, whatever stands in a place."""
-    names = {"bos_token": "<s>", "eos_token": {"content": "b"}, "add_bos_token": True, "chat_template": "x"}
-    files = [
-        small_tokenizer(),
-        names | {"clean_up_tokenization_spaces": False, "additional_special_tokens": ["a"]},
-    ]
-    for _ in range(data.draw(st.integers(1, 3))):
-        place = data.draw(st.sampled_from(places(files)))
-        part = files
-        for key in place[:-1]:
-            part = part[key]
-        part[place[-1]] = data.draw(JUNK)
-    try:
-        read_vocabulary(write_small(tmp_path, *files), config(8) | {"eos_token_id": data.draw(JUNK)})
-    except LlmcompressError as error:
-        assert "\n" not in str(error)
-
-
-# tokenizer.model.
-
-
-def test_the_reader_of_tokenizer_model(shared) -> None:
-    sources = [*(shared / "tokenizers").glob("*/*.model*"), *(shared / "models").glob("*/tokenizer.model")]
-    assert len(sources) >= 7
-    for source in sources:
-        ours, theirs = read_sentencepiece(source), sentencepiece.SentencePieceProcessor(str(source))
-        ids = range(theirs.vocab_size())
-        assert ours.pieces == [theirs.id_to_piece(id) for id in ids]
-        assert ours.scores == [theirs.get_score(id) for id in ids]
-        for kind, says in {
-            2: theirs.is_unknown,
-            3: theirs.is_control,
-            5: theirs.is_unused,
-            6: theirs.is_byte,
-        }.items():
-            assert [t == kind for t in ours.types] == [says(id) for id in ids]
-        assert (ours.unk_id, ours.bos_id, ours.eos_id, ours.pad_id) == (
-            *(theirs.unk_id(), theirs.bos_id()),
-            *(theirs.eos_id(), theirs.pad_id()),
-        )
-
-
-def test_a_broken_tokenizer_model_is_refused(gemma, tmp_path) -> None:
-    whole = (gemma / "tokenizer.model").read_bytes()
-    path = tmp_path / "tokenizer.model"
-    chance = random.Random(0)
-    refused = 0
-    for _ in range(200):
-        data = bytearray(whole[: chance.randrange(len(whole))] if chance.random() < 0.5 else whole)
-        for _ in range(chance.randrange(1, 4)):
-            data[chance.randrange(min(len(data), 400))] = chance.randrange(256)
-        path.write_bytes(data)
-        try:
-            read_vocabulary(tmp_path, config(1220))
-        except LlmcompressError:
-            refused += 1
-    assert refused > 100
-    for data in (b"", b"\x0a\xff\xff\xff\xff\x0f", b"\x0a" + b"\xff" * 20, b"\x0a\x05\x0a\x03\xff\xfe\xfd"):
-        path.write_bytes(data)
-        with pytest.raises(TokenizerError, match=r"tokenizer\.model: not a SentencePiece model"):
-            read_vocabulary(tmp_path, config(1220))
-
-
-def test_scores_that_are_no_numbers_are_refused(tmp_path) -> None:
-    piece = b"\x0a\x01a\x15" + struct.pack("<f", float("nan"))
-    (tmp_path / "tokenizer.model").write_bytes(b"\x0a" + bytes([len(piece)]) + piece + b"\x12\x02\x18\x02")
-    with pytest.raises(TokenizerError, match="score is no number"):
-        read_vocabulary(tmp_path, config(4))
 
 
 def test_a_tokenizer_model_that_differs_from_tokenizer_json_is_not_used(shared, tmp_path) -> None:

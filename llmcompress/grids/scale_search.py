@@ -4,7 +4,7 @@ A few grids are laid over the range of the values; the values are rounded to eac
 draws the best grid through the codes found, and the best of all is kept and refined by rounding to it anew.
 `x` and `w` are arrays of lanes of which rows `start` to `start + size` are fitted, every lane on its own.
 
-Least squares under llama.cpp's weighting: I. Kawrakow, llama.cpp PR 1684 and 4930. Laying both ends of
+Candidates and weighted least squares: I. Kawrakow's k-quants, llama.cpp PR 1684. Laying both ends of
 the range on fractional codes is ours.
 """
 
