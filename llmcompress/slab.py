@@ -10,10 +10,10 @@ import numpy as np
 from llmcompress.checkpoint import READABLE, Checkpoint
 from llmcompress.errors import RunError
 from llmcompress.grids.grid import Grid
-from llmcompress.grids.floats import first_nonfinite, to_float32
+from llmcompress.grids.floats import count_saturated, first_nonfinite, to_float32
 from llmcompress.step import Piece, Slab, Step
 
-F16_LARGEST = 65504.0
+LARGEST = {"F16": 65504.0, "BF16": 3.3895314e38}
 _CHUNK = 2**20  # bytes of a source read at a time where its columns become rows
 
 
@@ -36,10 +36,11 @@ class Weights:
         """uint8 `(rows, row_bytes)`; the checkpoint's own bytes where the type does not change."""
         if grid.name == self.dtype and self.step.operation.compute is None:
             return self.raw.view(np.uint8)
-        if grid.name == "F16" and np.abs(self.float32).max(initial=0.0) > F16_LARGEST:
+        too_large = count_saturated(self.float32, grid.name) if grid.name in LARGEST else 0
+        if too_large:
             raise RunError(
-                f"{self.step.name}: holds {np.abs(self.float32).max():.6g}, the largest F16 is {F16_LARGEST:.0f}; "
-                "use BF16 or F32"
+                f"{self.step.name}: {too_large} weights, up to {np.abs(self.float32).max():.6g}, are beyond the largest "
+                f"{grid.name}, {LARGEST[grid.name]:.6g}; use {'BF16 or ' if grid.name == 'F16' else ''}F32"
             )
         return grid.quantize(self.float32, importance)
 

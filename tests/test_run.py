@@ -344,7 +344,7 @@ def gpt2(root: Path, tmp_path: Path) -> Path:
 def test_what_f16_cannot_hold_is_named_with_its_size(tmp_path):
     model = write_checkpoint(tmp_path / "model", Llama(layers=1), "F32")
     poke(model, "model.layers.0.mlp.up_proj.weight", 3, -70000.0)
-    with pytest.raises(RunError, match=r"^blk\.0\.ffn_up\.weight: holds 70000, the largest F16 is 65504; use BF16"):
+    with pytest.raises(RunError, match=r"^blk\.0\.ffn_up\.weight: 1 weights, up to 70000, are beyond the largest F16, 65504; use BF16"):
         quantized(model, tmp_path, "F16")
     assert os.listdir(tmp_path / "out") == []
     assert quantized(model, tmp_path, "BF16").paths[0].exists()
