@@ -79,14 +79,14 @@ def _brains_to_float(words, values):
 def _first_with_bits(words, exponent):
     """Index of the first word with all bits of `exponent` set, or -1."""
     for start in range(0, words.size, _CHUNK):
-        stop = min(start + _CHUNK, words.size)
-        found = False
-        for i in range(start, stop):
-            found |= (words[i] & exponent) == exponent
-        if found:
-            for i in range(start, stop):
-                if (words[i] & exponent) == exponent:
-                    return i
+        chunk = words[start : start + _CHUNK]
+        largest = exponent ^ exponent  # a zero of the words' own width, which keeps the loop in vectors
+        for i in range(chunk.size):
+            largest = max(largest, chunk[i] & exponent)
+        if largest == exponent:
+            for i in range(chunk.size):
+                if (chunk[i] & exponent) == exponent:
+                    return start + i
     return -1
 
 
