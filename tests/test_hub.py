@@ -219,7 +219,7 @@ def test_an_unreachable_hub_falls_back_to_the_cache_and_says_so(unreachable, onl
         assert unreachable[model]["directory"] == online[model]["directory"]
         (note,) = unreachable[model]["notes"]
         assert note.startswith(f"{model}: the hub cannot be reached (")
-        assert note.endswith("; using the snapshot in the cache")
+        assert note.endswith("; looking in the cache")
 
 
 def test_an_unreachable_hub_and_nothing_in_the_cache(unreachable):

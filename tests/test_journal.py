@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import subprocess
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from llmcompress.errors import InterruptedRun
-from llmcompress.journal import Journal, cannot_be_written
+from llmcompress.journal import Journal, cannot_be_written, open_locked
 
 JOB = "f" * 64
 
@@ -112,3 +113,20 @@ def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
 def test_no_room_says_so():
     error = cannot_be_written(Path("x"), OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
     assert str(error) == "x: cannot be written: No space left on device; make room and give the same command again"
+
+
+def test_a_file_renamed_before_we_had_its_lock_is_not_ours(tmp_path, monkeypatch):
+    part, whole = tmp_path / "x.gguf.part", tmp_path / "x.gguf"
+    part.write_bytes(b"finished")
+    flock = fcntl.flock
+
+    def late(descriptor: int, how: int) -> None:
+        if not whole.exists():
+            part.rename(whole)
+        flock(descriptor, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    descriptor = open_locked(part)
+    os.ftruncate(descriptor, 0)
+    os.close(descriptor)
+    assert whole.read_bytes() == b"finished" and part.read_bytes() == b""

@@ -66,7 +66,10 @@ MODELS: dict[str, tuple[Make, str]] = {
     ),
     "mistral": (_model("MistralForCausalLM", "MistralConfig", **SIZE, head_dim=32, sliding_window=None), SENTENCEPIECE),
     "qwen2": (_model("Qwen2ForCausalLM", "Qwen2Config", **SIZE), BYTE_BPE),
-    "qwen2-yarn": (_model("Qwen2ForCausalLM", "Qwen2Config", **SIZE, rope_parameters=YARN), BYTE_BPE),
+    "llama-yarn": (_model("LlamaForCausalLM", "LlamaConfig", **SIZE, rope_parameters=YARN), BYTE_BPE),
+    "qwen2-yarn": (
+        _model("Qwen2ForCausalLM", "Qwen2Config", **SIZE, rope_parameters=YARN | {"attention_factor": 1.5}), BYTE_BPE,
+    ),
     "qwen3": (_model("Qwen3ForCausalLM", "Qwen3Config", **SIZE, head_dim=128, tie_word_embeddings=True), BYTE_BPE),
     "gemma2": (_model("Gemma2ForCausalLM", "Gemma2Config", **SIZE, **GEMMA), SENTENCEPIECE),
     "gemma3": (
