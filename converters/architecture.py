@@ -16,38 +16,11 @@ from typing import Any
 import numpy as np
 
 from llmcompress.checkpoint import Checkpoint, TensorInfo
-from llmcompress.errors import PlanError, nearest
+from llmcompress.converters.config import Config
+from llmcompress.converters.shapes import check_shapes
+from llmcompress.errors import PlanError, nearest, shown
 from llmcompress.gguf.value import Metadata, Value
 from llmcompress.step import COPY, Operation, Piece, Step
-
-
-class Config:
-    """A model's config.json, read by any of the names a value goes by."""
-
-    def __init__(self, values: Mapping[str, Any]) -> None:
-        self.values = values
-
-    def get(self, *names: str, default: Any = None) -> Any:
-        """The first of `names` whose value is not null."""
-        return next((self.values[name] for name in names if self.values.get(name) is not None), default)
-
-    def need(self, *names: str) -> Any:
-        value = self.get(*names)
-        if value is None:
-            raise PlanError(f"config.json: {' or '.join(names)} is missing")
-        return value
-
-    @property
-    def heads(self) -> int:
-        return self.need("num_attention_heads", "n_head")
-
-    @property
-    def kv_heads(self) -> int:
-        return self.get("num_key_value_heads", default=self.heads)
-
-    @property
-    def head_dim(self) -> int:
-        return self.get("head_dim", default=self.need("hidden_size", "n_embd") // self.heads)
 
 
 @dataclass(frozen=True)
@@ -110,17 +83,16 @@ class Architecture:
     tensors: Mapping[str, Rule | None]
     keys: Callable[[Config], Metadata]  # everything below `<name>.`, without that prefix
     computed: Callable[[Config], dict[str, np.ndarray]] = lambda config: {}  # tensors made from the config
+    defaults: Mapping[str, Any] = field(default_factory=dict)  # transformers', where config.json says nothing
     assumes: Mapping[str, tuple] = field(default_factory=dict)  # config values llama.cpp takes for granted
     check: Callable[[Config], list[str]] = lambda config: []  # notes; raises PlanError
-    optional: frozenset[str] = frozenset()  # GGUF modules that layers may lack
-    tied: bool = False  # transformers' default where config.json says nothing
     tokens_decide_rows: bool = False  # the embedding is cut to the tokens, not the tokens padded to it
+
+    def config(self, values: Mapping[str, Any]) -> Config:
+        return Config(values, self.defaults)
 
     def metadata(self, config: Config) -> Metadata:
         return {f"{self.name}.{key}": value for key, value in self.keys(config).items()}
-
-    def is_tied(self, config: Config) -> bool:
-        return bool(config.get("tie_word_embeddings", default=self.tied))
 
     def check_config(self, config: Config) -> list[str]:
         """Refuse what llama.cpp's graph of this architecture would compute differently."""
@@ -128,7 +100,7 @@ class Architecture:
             value = config.get(key, default=known[0])
             if value not in known:
                 wanted = " or ".join(repr(word) for word in known)
-                raise PlanError(f"config.json: {key} is {value!r}; llama.cpp's {self.name} always computes {wanted}")
+                raise PlanError(f"config.json: {key} is {shown(value)}; llama.cpp's {self.name} computes as if it were {wanted}")
         return self.check(config)
 
 
@@ -138,7 +110,7 @@ def steps_of(architecture: Architecture, checkpoint: Checkpoint, tokens: int) ->
     `tokens` is the vocabulary's size. Raises PlanError for tensors without a rule, incomplete layers or
     experts, and shapes that do not fit each other.
     """
-    config = Config(checkpoint.config)
+    config = architecture.config(checkpoint.config)
     notes: list[str] = []
     sources: dict[str, dict[int | None, tuple[TensorInfo, Rule, int]]] = {}
     matchers = [_matcher(pattern, rule) for pattern, rule in architecture.tensors.items()]
@@ -146,24 +118,43 @@ def steps_of(architecture: Architecture, checkpoint: Checkpoint, tokens: int) ->
         rule, layer, expert, suffix = _match(architecture, matchers, tensor)
         if rule is None:
             continue
+        checkpoint.readable(tensor.name)
         for part, target in enumerate(rule.targets):
             name = target.replace("{i}", layer) + (suffix or ".weight")
             of_target = sources.setdefault(name, {})
             if expert in of_target:
                 raise PlanError(f"{tensor.name}: {name} is already made from {of_target[expert][0].name}")
             of_target[expert] = (tensor, rule, part)
-    if architecture.is_tied(config) and sources.pop("output.weight", None):
-        notes.append("lm_head.weight: left out, config.json ties it to the embedding")
+    if config.tied and {"output.weight", "token_embd.weight"} <= sources.keys():
+        head, embedding = (sources[name][None][0] for name in ("output.weight", "token_embd.weight"))
+        if _is_copy(checkpoint, head, embedding):
+            del sources["output.weight"]
+            notes.append(f"{head.name}: left out, it is the embedding again")
+        else:
+            notes.append(f"{head.name}: kept, although config.json ties it to the embedding: it differs from it")
     steps = [_step(name, experts, config) for name, experts in sources.items()]
     if architecture.tokens_decide_rows:
         steps = [_cut_rows(step, tokens, notes) if step.name == "token_embd.weight" else step for step in steps]
-    steps += [Step(name, values.shape, (), computed=values) for name, values in architecture.computed(config).items()]
     _check_complete(architecture, config, steps, tokens)
+    check_shapes(steps, architecture.keys(config), tokens)
+    steps += [Step(name, values.shape, (), computed=values) for name, values in architecture.computed(config).items()]
     return steps, notes
 
 
+def _is_copy(checkpoint: Checkpoint, head: TensorInfo, embedding: TensorInfo) -> bool:
+    """Whether two tensors are the same, by 64 of their rows: as transformers does, a head that was trained apart
+    is kept. The one thing headers cannot tell."""
+    if (head.shape, head.dtype) != (embedding.shape, embedding.dtype):
+        return False
+    rows = np.unique(np.linspace(0, head.rows - 1, 64).astype(int))
+    return all(np.array_equal(checkpoint.read(head.name, row, 1), checkpoint.read(embedding.name, row, 1)) for row in rows)
+
+
+_NUMBER = "0|[1-9][0-9]*"  # as transformers writes it: no second spelling of a layer
+
+
 def _matcher(pattern: str, rule: Rule | None) -> tuple[re.Pattern[str], Rule | None]:
-    expression = re.escape(pattern).replace(r"\{i\}", r"(?P<i>\d+)").replace(r"\{e\}", r"(?P<e>\d+)")
+    expression = re.escape(pattern).replace(r"\{i\}", f"(?P<i>{_NUMBER})").replace(r"\{e\}", f"(?P<e>{_NUMBER})")
     return re.compile(expression + r"(?P<suffix>\.weight|\.bias)?"), rule
 
 
@@ -235,18 +226,20 @@ def _cut_rows(step: Step, rows: int, notes: list[str]) -> Step:
 
 
 def _check_complete(architecture: Architecture, config: Config, steps: Sequence[Step], tokens: int) -> None:
-    """Every tensor of the table is there, in every layer, and the vocabulary fits the embedding."""
+    """Every tensor of the table, and every bias that some layer has, is in all layers; the vocabulary fits the embedding."""
     shapes = {step.name: step.shape for step in steps}
     layers = config.need("num_hidden_layers", "n_layer")
-    tied = architecture.is_tied(config)
-    targets = {target for rule in architecture.tensors.values() if rule for target in rule.targets}
-    for target in sorted(targets - architecture.optional):
-        if target == "output" and tied:
+    wanted = {f"{target}.weight" for rule in architecture.tensors.values() if rule for target in rule.targets}
+    wanted |= {re.sub(r"^blk\.\d+\.", "blk.{i}.", name) for name in shapes}
+    for pattern in sorted(wanted):
+        target = pattern.rpartition(".")[0]
+        if target == "output" and config.tied:
             continue
         for layer in range(layers) if "{i}" in target else [0]:
-            name = target.replace("{i}", str(layer)) + ".weight"
+            name = pattern.replace("{i}", str(layer))
             if name not in shapes:
-                raise PlanError(f"{name}: the checkpoint has no tensor for it; is a shard missing? (looked for in "
+                remedy = "does config.json lack tie_word_embeddings?" if target == "output" else "is a shard missing?"
+                raise PlanError(f"{name}: the checkpoint has no tensor for it; {remedy} (looked for "
                                 f"{', '.join(_origins(architecture, target))})")  # fmt: skip
     for name in shapes:
         layer = re.match(r"blk\.(\d+)\.", name)
@@ -258,8 +251,8 @@ def _check_complete(architecture: Architecture, config: Config, steps: Sequence[
 
 
 def _origins(architecture: Architecture, target: str) -> list[str]:
-    return [architecture.prefix + pattern for pattern, rule in architecture.tensors.items()
-            if rule and target in rule.targets]  # fmt: skip
+    return [pattern if pattern == "lm_head" else architecture.prefix + pattern
+            for pattern, rule in architecture.tensors.items() if rule and target in rule.targets]  # fmt: skip
 
 
 def optional_keys(values: Mapping[str, Value | None]) -> Metadata:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from llmcompress.converters.architecture import Config, Rule, optional_keys, to
-from llmcompress.converters.rope import rope_keys
+from llmcompress.converters.architecture import Rule, optional_keys, to
+from llmcompress.converters.config import Config
+from llmcompress.converters.rope import rope_keys, rope_notes
+from llmcompress.errors import PlanError
 from llmcompress.gguf.value import Metadata, f32, u32
 
 EMBEDDING: dict[str, Rule | None] = {
@@ -34,13 +36,10 @@ FUSED_EXPERTS: dict[str, Rule | None] = {  # the 3-D parameters of transformers 
     "layers.{i}.mlp.experts.gate_up_proj": to("blk.{i}.ffn_gate_exps", "blk.{i}.ffn_up_exps"),
     "layers.{i}.mlp.experts.down_proj": to("blk.{i}.ffn_down_exps"),
 }
-EXPERTS = frozenset({"blk.{i}.ffn_gate_inp", "blk.{i}.ffn_gate_exps", "blk.{i}.ffn_up_exps", "blk.{i}.ffn_down_exps"})
 
 
 def decoder_keys(config: Config) -> Metadata:
     """What llama.cpp reads of every decoder, each value under any of the names it goes by."""
-    experts = config.get("num_local_experts", "num_experts")
-    used = config.get("num_experts_per_tok")
     rms = config.get("rms_norm_eps")
     layer_norm = config.get("layer_norm_epsilon", "layer_norm_eps")
     return optional_keys({
@@ -55,10 +54,35 @@ def decoder_keys(config: Config) -> Metadata:
         "attention.layer_norm_epsilon": None if layer_norm is None else f32(layer_norm),
         "attention.key_length": u32(config.head_dim),
         "attention.value_length": u32(config.head_dim),
-        "expert_count": None if experts is None else u32(experts),
-        "expert_used_count": None if used is None else u32(used),
     })  # fmt: skip
 
 
-def rotary_decoder_keys(config: Config) -> Metadata:
-    return decoder_keys(config) | rope_keys(config)
+def expert_keys(config: Config) -> Metadata:
+    experts, used = config.need("num_local_experts", "num_experts"), config.need("num_experts_per_tok")
+    if used > experts:
+        raise PlanError(f"config.json: num_experts_per_tok is {used}, of {experts} experts in all")
+    return {"expert_count": u32(experts), "expert_used_count": u32(used)}
+
+
+def check_square_attention(config: Config) -> list[str]:
+    """For families in which llama.cpp takes the hidden size for that of all heads together."""
+    hidden = config.need("hidden_size")
+    if config.heads * config.head_dim != hidden:
+        raise PlanError(
+            f"config.json: {config.heads} heads of {config.head_dim} are not the hidden size of {hidden}, "
+            "which is all that llama.cpp can compute for this class of models"
+        )
+    return []
+
+
+def attention_notes(config: Config) -> list[str]:
+    """What llama.cpp leaves out of the attention of Llama and its kin."""
+    window, length = config.get("sliding_window"), config.need("max_position_embeddings")
+    notes = rope_notes(config)
+    if window is None or window >= length:
+        return notes
+    return [f"sliding window of {window} tokens: llama.cpp attends to all tokens; contexts beyond it will differ", *notes]
+
+
+def rotary_decoder_keys(config: Config, rope_tensors: bool = False) -> Metadata:
+    return decoder_keys(config) | rope_keys(config, rope_tensors)

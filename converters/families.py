@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-from llmcompress.converters.architecture import Architecture, Config
+from llmcompress.converters.architecture import Architecture
+from llmcompress.converters.config import Config
 from llmcompress.converters.gemma import GEMMA2, GEMMA3
 from llmcompress.converters.gpt2 import GPT2
-from llmcompress.converters.llama import LLAMA
+from llmcompress.converters.llama import LLAMA, MISTRAL
 from llmcompress.converters.mixtral import MIXTRAL
 from llmcompress.converters.phi import PHI3
 from llmcompress.converters.qwen import QWEN2, QWEN3, QWEN3_MOE
 from llmcompress.errors import PlanError, nearest
 
-ARCHITECTURES: tuple[Architecture, ...] = (LLAMA, MIXTRAL, QWEN2, QWEN3, QWEN3_MOE, GEMMA2, GEMMA3, PHI3, GPT2)
+ARCHITECTURES: tuple[Architecture, ...] = (LLAMA, MISTRAL, MIXTRAL, QWEN2, QWEN3, QWEN3_MOE, GEMMA2, GEMMA3, PHI3, GPT2)
 CLASSES: dict[str, Architecture] = {name: family for family in ARCHITECTURES for name in family.classes}
 
 
 def find_architecture(config: Config) -> Architecture:
     """The table for a config's class. Raises PlanError naming the nearest class there is one for."""
     classes = config.get("architectures", default=[])
-    if not isinstance(classes, list) or not classes:
-        raise PlanError("config.json: architectures is missing, so the model's class is unknown")
+    if not classes:
+        raise PlanError(
+            "config.json: architectures is missing, so the model's class is unknown; add it, such as "
+            '"architectures": ["LlamaForCausalLM"]'
+        )
     for name in classes:
         if name in CLASSES:
             return CLASSES[name]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from llmcompress.converters.architecture import Architecture, Config, optional_keys, plus_one, to
+from llmcompress.converters.architecture import Architecture, optional_keys, plus_one, to
+from llmcompress.converters.config import Config
 from llmcompress.converters.decoder import ATTENTION, EMBEDDING, MLP, rotary_decoder_keys
 from llmcompress.converters.rope import rope_notes, rope_parameters
-from llmcompress.errors import PlanError
+from llmcompress.errors import PlanError, shown
 from llmcompress.gguf.value import Metadata, f32, u32
 
 GEMMA_TENSORS = EMBEDDING | ATTENTION | MLP | {
@@ -27,9 +28,18 @@ def gemma_keys(config: Config) -> Metadata:
 
 
 def gemma3_keys(config: Config) -> Metadata:
-    local = rope_parameters(config, "sliding_attention")["rope_theta"] if config.get("rope_parameters") else (
-        config.get("rope_local_base_freq", default=10000.0))  # fmt: skip
-    return gemma_keys(config) | {"rope.freq_base_swa": f32(local)}
+    return gemma_keys(config) | {"rope.freq_base_swa": f32(_local_base(config))}
+
+
+def _local_base(config: Config) -> float:
+    """The base of the sliding layers' rope. Raises PlanError for one that is scaled, which llama.cpp does not do."""
+    found = config.get("rope_parameters", default={}).get("sliding_attention")
+    if not isinstance(found, dict) or "rope_theta" not in found:
+        return config.get("rope_local_base_freq", default=10000.0)
+    local = rope_parameters(config, "sliding_attention")
+    if local["rope_type"] != "default":
+        raise PlanError(f"config.json: sliding layers have {local['rope_type']} rope, llama.cpp would compute default rope")
+    return local["rope_theta"]
 
 
 def _check_attention(config: Config, largest_layers: int, pattern: int) -> list[str]:
@@ -45,9 +55,20 @@ def _check_attention(config: Config, largest_layers: int, pattern: int) -> list[
     for layer, kind in enumerate(config.get("layer_types", default=())):
         expected = "full_attention" if (layer + 1) % pattern == 0 else "sliding_attention"
         if kind != expected:
-            raise PlanError(f"config.json: layer {layer} is {kind}, llama.cpp would compute {expected}")
+            raise PlanError(f"config.json: layer {layer} is {shown(kind)}, llama.cpp would compute {expected}")
     return rope_notes(config)
 
+
+def _check_caps(config: Config) -> list[str]:
+    for key in ("attn_logit_softcapping", "final_logit_softcapping"):
+        if config.get(key) is None:
+            raise PlanError(f"config.json: {key} is null, but llama.cpp's gemma2 always caps logits")
+    return []
+
+
+_DEFAULTS = {"rms_norm_eps": 1e-6, "num_key_value_heads": 4, "head_dim": 256, "sliding_window": 4096,
+             "tie_word_embeddings": True}  # fmt: skip
+_ASSUMES = {"hidden_activation": ("gelu_pytorch_tanh",), "attention_bias": (False,)}
 
 GEMMA2 = Architecture(
     name="gemma2",
@@ -55,10 +76,12 @@ GEMMA2 = Architecture(
     prefix="model.",
     tensors=GEMMA_TENSORS,
     keys=gemma_keys,
-    assumes={"hidden_activation": ("gelu_pytorch_tanh",)},
-    check=lambda config: _check_attention(config, largest_layers=46, pattern=2),
-    tied=True,
-)
+    defaults=_DEFAULTS | {
+        "max_position_embeddings": 8192, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0,
+    },
+    assumes=_ASSUMES | {"tie_word_embeddings": (True,)},
+    check=lambda config: _check_caps(config) + _check_attention(config, largest_layers=46, pattern=2),
+)  # fmt: skip
 
 GEMMA3 = Architecture(
     name="gemma3",
@@ -69,8 +92,8 @@ GEMMA3 = Architecture(
         "layers.{i}.self_attn.k_norm": to("blk.{i}.attn_k_norm", operation=plus_one),
     },
     keys=gemma3_keys,
-    assumes={"hidden_activation": ("gelu_pytorch_tanh",)},
+    defaults=_DEFAULTS | {"max_position_embeddings": 131072, "rope_theta": 1e6},
+    assumes=_ASSUMES | {"use_bidirectional_attention": (False,)},
     check=lambda config: _check_attention(config, largest_layers=62, pattern=6),
-    tied=True,
     tokens_decide_rows=True,
 )  # fmt: skip

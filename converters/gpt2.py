@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from llmcompress.converters.architecture import Architecture, Config, conv1d, to
+from llmcompress.converters.architecture import Architecture, conv1d, to
+from llmcompress.converters.config import Config
 from llmcompress.converters.decoder import decoder_keys
 from llmcompress.errors import PlanError
 
@@ -32,7 +33,7 @@ GPT2 = Architecture(
         "h.{i}.attn.masked_bias": None,
     },
     keys=decoder_keys,
+    defaults={"layer_norm_epsilon": 1e-5, "n_positions": 1024, "tie_word_embeddings": True},
     assumes={"activation_function": ("gelu_new", "gelu_pytorch_tanh")},
     check=_check,
-    tied=True,
 )

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from llmcompress.converters.architecture import Architecture, Config, rotary, to
-from llmcompress.converters.decoder import ATTENTION, EMBEDDING, MLP, rotary_decoder_keys
-from llmcompress.converters.rope import rope_notes, rope_tensors, rotary_dimensions
+from dataclasses import replace
+
+from llmcompress.converters.architecture import Architecture, rotary, to
+from llmcompress.converters.config import Config
+from llmcompress.converters.decoder import ATTENTION, EMBEDDING, MLP, attention_notes, rotary_decoder_keys
+from llmcompress.converters.rope import rope_tensors, rotary_dimensions
+from llmcompress.errors import PlanError
 from llmcompress.gguf.value import Metadata, u32
 
 ROTARY_ATTENTION = ATTENTION | {
@@ -14,26 +18,28 @@ ROTARY_ATTENTION = ATTENTION | {
 
 
 def llama_keys(config: Config) -> Metadata:
-    return rotary_decoder_keys(config) | {"rope.dimension_count": u32(rotary_dimensions(config))}
-
-
-def llama_notes(config: Config) -> list[str]:
-    window, length = config.get("sliding_window"), config.need("max_position_embeddings")
-    if window is None or window >= length:
-        return rope_notes(config)
-    return [
-        f"sliding window of {window} tokens: llama.cpp's llama attends to all tokens; contexts beyond it will differ",
-        *rope_notes(config),
-    ]
+    turned = rotary_dimensions(config)
+    if turned != config.head_dim:
+        raise PlanError(f"config.json: {turned} of a head's {config.head_dim} dimensions are rotary, in llama.cpp all would be")
+    return rotary_decoder_keys(config, rope_tensors=True) | {"rope.dimension_count": u32(turned)}
 
 
 LLAMA = Architecture(
     name="llama",
-    classes=("LlamaForCausalLM", "MistralForCausalLM"),
+    classes=("LlamaForCausalLM",),
     prefix="model.",
     tensors=EMBEDDING | ROTARY_ATTENTION | MLP,
     keys=llama_keys,
     computed=rope_tensors,
+    defaults={"rms_norm_eps": 1e-6, "max_position_embeddings": 2048},
     assumes={"hidden_act": ("silu", "swish")},
-    check=llama_notes,
+    check=attention_notes,
 )
+
+MISTRAL = replace(
+    LLAMA,
+    classes=("MistralForCausalLM",),
+    defaults={
+        "rms_norm_eps": 1e-6, "max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096,
+    },
+)  # fmt: skip

@@ -7,7 +7,7 @@ converter writes them.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import prod
+from math import isfinite, prod
 from pathlib import Path
 
 import yaml
@@ -17,6 +17,7 @@ from gguf.utility import size_label
 
 from llmcompress import __version__
 from llmcompress.checkpoint import Checkpoint
+from llmcompress.errors import CheckpointError
 from llmcompress.gguf.value import Metadata, Value, ValueType, string
 from llmcompress.json_object import read_object
 from llmcompress.recipe import Recipe
@@ -55,19 +56,24 @@ def _model_card(checkpoint: Checkpoint, weights: int) -> tuple[ModelCard, list[s
     notes: list[str] = []
     try:
         card = ModelCard.load_model_card(checkpoint.directory)
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, OSError) as error:
         notes.append(f"README.md: its header cannot be read and is left out: {' '.join(str(error).split())}")
         card = {}
-    named = Path(checkpoint.name)
-    return ModelCard.apply_metadata_heuristic(ModelCard(), card, checkpoint.config, named, weights), notes
+    if isinstance(card.get("license"), list):  # gguf-py joins them, but only texts
+        card["license"] = ",".join(map(str, card["license"]))
+    texts = {key: value for key, value in checkpoint.config.items() if isinstance(value, str)}
+    return ModelCard.apply_metadata_heuristic(ModelCard(), card, texts, Path(checkpoint.name), weights), notes
 
 
 def _add_sampling(card: ModelCard, path: Path) -> None:
     """The sampling defaults the model's authors recommend."""
     defaults = read_object(path) if path.is_file() else {}
     for key, (name, kind) in _SAMPLING.items():
-        if isinstance(defaults.get(key), (int, float)):
-            setattr(card, f"sampling_{name}", kind(defaults[key]))
+        value = defaults.get(key)
+        if isinstance(value, (int, float)):
+            if not isfinite(value):
+                raise CheckpointError(f"{path}: {key} is {value}; it must be a number, or left out")
+            setattr(card, f"sampling_{name}", kind(value))
 
 
 def _count(steps: Sequence[Step]) -> tuple[int, int, int]:

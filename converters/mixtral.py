@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from llmcompress.converters.architecture import Architecture, to
-from llmcompress.converters.decoder import EMBEDDING, FUSED_EXPERTS
-from llmcompress.converters.llama import ROTARY_ATTENTION, llama_keys, llama_notes
+from llmcompress.converters.decoder import EMBEDDING, FUSED_EXPERTS, attention_notes, expert_keys
+from llmcompress.converters.llama import ROTARY_ATTENTION, llama_keys
+from llmcompress.converters.rope import rope_tensors
 
 MIXTRAL = Architecture(
     name="llama",
@@ -17,7 +18,12 @@ MIXTRAL = Architecture(
         "layers.{i}.block_sparse_moe.experts.{e}.w2": to("blk.{i}.ffn_down_exps"),
         "layers.{i}.block_sparse_moe.experts.{e}.w3": to("blk.{i}.ffn_up_exps"),
     },
-    keys=llama_keys,
+    keys=lambda config: llama_keys(config) | expert_keys(config),
+    computed=rope_tensors,
+    defaults={
+        "rms_norm_eps": 1e-5, "max_position_embeddings": 131072, "num_key_value_heads": 8, "rope_theta": 1e6,
+        "num_local_experts": 8, "num_experts_per_tok": 2,
+    },
     assumes={"hidden_act": ("silu", "swish")},
-    check=llama_notes,
+    check=attention_notes,
 )  # fmt: skip

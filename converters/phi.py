@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from llmcompress.converters.architecture import Architecture, Config, to
-from llmcompress.converters.decoder import ATTENTION, EMBEDDING, MLP, rotary_decoder_keys
-from llmcompress.converters.rope import rope_notes, rope_tensors, rotary_dimensions
+from llmcompress.converters.architecture import Architecture, to
+from llmcompress.converters.config import Config
+from llmcompress.converters.decoder import (
+    ATTENTION, EMBEDDING, MLP, attention_notes, check_square_attention, rotary_decoder_keys,
+)  # fmt: skip
+from llmcompress.converters.rope import rope_tensors, rotary_dimensions
 from llmcompress.gguf.value import Metadata, u32
 
 
 def phi3_keys(config: Config) -> Metadata:
-    return rotary_decoder_keys(config) | {
-        "rope.scaling.original_context_length": u32(
-            config.get("original_max_position_embeddings", default=config.need("max_position_embeddings"))
-        ),
+    trained = config.get("original_max_position_embeddings", default=config.need("max_position_embeddings"))
+    return {"rope.scaling.original_context_length": u32(trained)} | rotary_decoder_keys(config, rope_tensors=True) | {
         "rope.dimension_count": u32(rotary_dimensions(config)),
         "attention.sliding_window": u32(config.get("sliding_window", default=0)),
     }
@@ -34,6 +35,7 @@ PHI3 = Architecture(
     },
     keys=phi3_keys,
     computed=rope_tensors,
+    defaults={"rms_norm_eps": 1e-5, "max_position_embeddings": 4096},
     assumes={"hidden_act": ("silu",)},
-    check=rope_notes,
+    check=lambda config: check_square_attention(config) + attention_notes(config),
 )  # fmt: skip

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from llmcompress.converters.architecture import Architecture, Config, to
+from llmcompress.converters.architecture import Architecture, to
+from llmcompress.converters.config import Config
 from llmcompress.converters.decoder import (
-    ATTENTION, EMBEDDING, EXPERTS, FUSED_EXPERTS, MLP, QK_NORM, rotary_decoder_keys,
+    ATTENTION, EMBEDDING, FUSED_EXPERTS, MLP, QK_NORM, check_square_attention, expert_keys, rotary_decoder_keys,
 )  # fmt: skip
 from llmcompress.converters.rope import rope_notes
 from llmcompress.gguf.value import Metadata, u32
@@ -18,8 +19,11 @@ def qwen_notes(config: Config) -> list[str]:
 
 
 def qwen3_moe_keys(config: Config) -> Metadata:
-    return rotary_decoder_keys(config) | {"expert_feed_forward_length": u32(config.need("moe_intermediate_size"))}
+    inner = {"expert_feed_forward_length": u32(config.need("moe_intermediate_size"))}
+    return rotary_decoder_keys(config) | expert_keys(config) | inner
 
+
+_DEFAULTS = {"rms_norm_eps": 1e-6, "max_position_embeddings": 32768, "num_key_value_heads": 32}
 
 QWEN2 = Architecture(
     name="qwen2",
@@ -27,8 +31,9 @@ QWEN2 = Architecture(
     prefix="model.",
     tensors=EMBEDDING | ATTENTION | MLP,
     keys=rotary_decoder_keys,
+    defaults=_DEFAULTS,
     assumes={"hidden_act": ("silu",)},
-    check=qwen_notes,
+    check=lambda config: check_square_attention(config) + qwen_notes(config),
 )
 
 QWEN3 = Architecture(
@@ -37,7 +42,8 @@ QWEN3 = Architecture(
     prefix="model.",
     tensors=EMBEDDING | ATTENTION | QK_NORM | MLP,
     keys=rotary_decoder_keys,
-    assumes={"hidden_act": ("silu",)},
+    defaults=_DEFAULTS | {"head_dim": 128},
+    assumes={"hidden_act": ("silu",), "attention_bias": (False,)},
     check=qwen_notes,
 )
 
@@ -45,13 +51,17 @@ QWEN3_MOE = Architecture(
     name="qwen3moe",
     classes=("Qwen3MoeForCausalLM",),
     prefix="model.",
-    tensors=EMBEDDING | ATTENTION | QK_NORM | MLP | FUSED_EXPERTS | {
+    tensors=EMBEDDING | ATTENTION | QK_NORM | FUSED_EXPERTS | {
+        "layers.{i}.post_attention_layernorm": to("blk.{i}.ffn_norm"),
         "layers.{i}.mlp.experts.{e}.gate_proj": to("blk.{i}.ffn_gate_exps"),
         "layers.{i}.mlp.experts.{e}.up_proj": to("blk.{i}.ffn_up_exps"),
         "layers.{i}.mlp.experts.{e}.down_proj": to("blk.{i}.ffn_down_exps"),
     },
     keys=qwen3_moe_keys,
-    assumes={"hidden_act": ("silu",), "norm_topk_prob": (True,)},
+    defaults=_DEFAULTS | {"num_key_value_heads": 4, "norm_topk_prob": False, "num_experts": 128, "num_experts_per_tok": 8},
+    assumes={
+        "hidden_act": ("silu",), "attention_bias": (False,), "norm_topk_prob": (True,),
+        "decoder_sparse_step": (1,), "mlp_only_layers": ([],),  # every layer has experts
+    },
     check=qwen_notes,
-    optional=EXPERTS | {"blk.{i}.ffn_gate", "blk.{i}.ffn_up", "blk.{i}.ffn_down"},  # a layer is dense or has experts
 )  # fmt: skip

@@ -12,32 +12,47 @@ from typing import Any
 
 import numpy as np
 
-from llmcompress.converters.architecture import Config, optional_keys
-from llmcompress.errors import PlanError
+from llmcompress.converters.config import Config, is_number
+from llmcompress.errors import PlanError, shown
 from llmcompress.gguf.value import Metadata, f32, string, u32
 
 _DEFAULT_BASE = 10000.0
+_NUMBERS = (
+    "rope_theta", "factor", "low_freq_factor", "high_freq_factor", "partial_rotary_factor",
+    "original_max_position_embeddings", "attention_factor", "mscale", "mscale_all_dim",
+)  # fmt: skip
 
 
 def rope_parameters(config: Config, layer_type: str = "full_attention") -> dict[str, Any]:
     """The parameters of one kind of layer, whether transformers 5 wrote them (`rope_parameters`, possibly one
     set for each layer type) or an older release (`rope_theta` and `rope_scaling`)."""
     found: Mapping[str, Any] = config.get("rope_parameters", default={})
-    if layer_type in found:
+    if isinstance(found.get(layer_type), dict):
         found = found[layer_type]
     scaling: Mapping[str, Any] = config.get("rope_scaling", default={})
-    parameters = {"rope_theta": config.get("rope_theta", "rotary_emb_base", default=_DEFAULT_BASE), **scaling, **found}
-    parameters["rope_type"] = parameters.get("rope_type") or parameters.pop("type", None) or "default"
+    parameters = {"rope_theta": config.get("rope_theta", "rotary_emb_base", default=_DEFAULT_BASE)}
+    parameters |= {name: value for source in (scaling, found) for name, value in source.items() if value is not None}
+    parameters["rope_type"] = str(parameters.get("rope_type") or parameters.pop("type", None) or "default")
+    if "long_factor" in parameters:  # the first Phi-3 configs call it "su" or "yarn"
+        parameters["rope_type"] = "longrope"
+    for name in _NUMBERS:
+        if name in parameters and not is_number(parameters[name]):
+            raise PlanError(f"config.json: rope's {name} is {shown(parameters[name])}, it must be a number above zero")
     return parameters
 
 
-def rope_keys(config: Config) -> Metadata:
-    """`rope.freq_base` and, where the kind is one ggml computes itself, `rope.scaling.*`."""
+def rope_keys(config: Config, tensors: bool = False) -> Metadata:
+    """`rope.freq_base` and, where the kind is one ggml computes itself, `rope.scaling.*`.
+
+    `tensors` says that llama.cpp reads `rope_tensors` for this family. Raises PlanError for a kind it cannot compute.
+    """
     parameters = rope_parameters(config)
     keys = {"rope.freq_base": f32(parameters["rope_theta"])}
     kind = parameters["rope_type"]
     if kind not in _SCALING:
         raise PlanError(f"config.json: rope type {kind!r} is unknown; known are {', '.join(_SCALING)}")
+    if kind in _BY_TENSORS and not tensors:
+        raise PlanError(f"config.json: rope type {kind!r} is one that llama.cpp cannot compute for this class of models")
     return keys | _SCALING[kind](parameters, config)
 
 
@@ -57,7 +72,7 @@ def rope_tensors(config: Config) -> dict[str, np.ndarray]:
     parameters = rope_parameters(config)
     if parameters["rope_type"] == "llama3":
         return {"rope_freqs.weight": _llama3_factors(parameters, rotary_dimensions(config), config)}
-    if parameters["rope_type"] in ("longrope", "su"):
+    if parameters["rope_type"] == "longrope":
         return {f"rope_factors_{kind}.weight": _longrope_factors(parameters, kind, config) for kind in ("long", "short")}
     return {}
 
@@ -80,44 +95,68 @@ def _llama3_factors(parameters: Mapping[str, Any], dimensions: int, config: Conf
 
 
 def _longrope_factors(parameters: Mapping[str, Any], kind: str, config: Config) -> np.ndarray:
-    factors = np.asarray(parameters.get(f"{kind}_factor", ()), np.float32)
+    factors = parameters.get(f"{kind}_factor", [])
     expected = rotary_dimensions(config) // 2
-    if factors.shape != (expected,):
-        raise PlanError(f"config.json: rope {kind}_factor has {factors.size} values, {expected} are needed")
-    return factors
+    if not isinstance(factors, list) or not all(map(is_number, factors)):
+        raise PlanError(f"config.json: rope's {kind}_factor is {shown(factors)}, it must be {expected} numbers above zero")
+    if len(factors) != expected:
+        raise PlanError(f"config.json: rope's {kind}_factor has {len(factors)} values, {expected} are needed")
+    return np.asarray(factors, np.float32)
 
 
 def _trained_length(parameters: Mapping[str, Any], config: Config, default: int | None = None) -> int:
     """The context before scaling."""
     found = parameters.get("original_max_position_embeddings") or config.get("original_max_position_embeddings")
-    return int(found or default or config.need("max_position_embeddings"))
+    length = int(found or default or config.need("max_position_embeddings"))
+    if length < 2:
+        raise PlanError(f"config.json: rope scaling of a context of {length} tokens; take the file from the model's page")
+    return length
+
+
+def _factor(parameters: Mapping[str, Any], config: Config) -> float:
+    """How much longer the context was made; its ratio where no number is given."""
+    return parameters.get("factor") or config.need("max_position_embeddings") / _trained_length(parameters, config)
 
 
 def _linear(parameters: Mapping[str, Any], config: Config) -> Metadata:
+    if "factor" not in parameters:
+        raise PlanError("config.json: the linear rope scaling has no factor; take the file from the model's page")
     return {"rope.scaling.type": string("linear"), "rope.scaling.factor": f32(parameters["factor"])}
 
 
 def _yarn(parameters: Mapping[str, Any], config: Config) -> Metadata:
-    factor = parameters["factor"]
-    attention = parameters.get("attention_factor")
-    return optional_keys({
+    for key, known in (("beta_fast", 32), ("beta_slow", 1), ("truncate", True)):
+        if parameters.get(key) not in (None, known):
+            raise PlanError(f"config.json: yarn's {key} is {parameters[key]}; llama.cpp computes as if it were {known}")
+    factor = _factor(parameters, config)
+    keys = {
         "rope.scaling.type": string("yarn"),
         "rope.scaling.factor": f32(factor),
         "rope.scaling.original_context_length": u32(_trained_length(parameters, config)),
-        # ggml multiplies its own 1 + 0.1 ln(factor) by this
-        "rope.scaling.yarn_attn_factor": None if attention is None else f32(attention / (1 + 0.1 * math.log(factor))),
-        "rope.scaling.yarn_beta_fast": f32(parameters["beta_fast"]) if parameters.get("beta_fast") else None,
-        "rope.scaling.yarn_beta_slow": f32(parameters["beta_slow"]) if parameters.get("beta_slow") else None,
-    })  # fmt: skip
+    }
+    usual = _yarn_attention(factor)
+    attention = parameters.get("attention_factor")
+    if attention is None and parameters.get("mscale") and parameters.get("mscale_all_dim"):
+        attention = _yarn_attention(factor, parameters["mscale"]) / _yarn_attention(factor, parameters["mscale_all_dim"])
+    # llama.cpp multiplies the usual one by this
+    return keys if attention is None else keys | {"rope.scaling.attn_factor": f32(attention / usual)}
+
+
+def _yarn_attention(factor: float, scale: float = 1.0) -> float:
+    return 0.1 * scale * math.log(factor) + 1 if factor > 1 else 1.0
 
 
 def _longrope(parameters: Mapping[str, Any], config: Config) -> Metadata:
     trained = _trained_length(parameters, config)
-    stretch = config.need("max_position_embeddings") / trained
+    factor = _factor(parameters, config)
     attention = parameters.get("attention_factor")
     if attention is None:
-        attention = math.sqrt(1 + math.log(stretch) / math.log(trained)) if stretch > 1 else 1.0
-    return {"rope.scaling.original_context_length": u32(trained), "rope.scaling.attn_factor": f32(attention)}
+        attention = math.sqrt(1 + math.log(factor) / math.log(trained)) if factor > 1 else 1.0
+    return {
+        "rope.scaling.type": string("longrope"),
+        "rope.scaling.original_context_length": u32(trained),
+        "rope.scaling.attn_factor": f32(attention),
+    }
 
 
 def _nothing(parameters: Mapping[str, Any], config: Config) -> Metadata:
@@ -128,8 +167,8 @@ _SCALING = {
     "default": _nothing,
     "linear": _linear,
     "yarn": _yarn,
-    "llama3": _nothing,  # a tensor instead: rope_freqs.weight
+    "llama3": _nothing,
     "longrope": _longrope,
-    "su": _longrope,
     "dynamic": _nothing,
 }
+_BY_TENSORS = ("llama3", "longrope")

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from llmcompress.checkpoint import Checkpoint
-from llmcompress.converters.architecture import Architecture, Config, steps_of
+from llmcompress.converters.architecture import Architecture, steps_of
+from llmcompress.converters.config import Config
 from llmcompress.converters.families import find_architecture
 from llmcompress.converters.metadata import general_metadata
 from llmcompress.converters.tokenizer import read_vocabulary
@@ -24,8 +25,8 @@ def plan_gguf(model: str | Path, out: str | Path, recipe: Recipe) -> Plan:
     """
     checkpoint = Checkpoint.open(model)
     checkpoint.require_plain()
-    config = Config(checkpoint.config)
-    architecture = find_architecture(config)
+    architecture = find_architecture(Config(checkpoint.config))
+    config = architecture.config(checkpoint.config)
     notes = architecture.check_config(config)
     vocabulary = read_vocabulary(
         checkpoint.directory, checkpoint.config, pre=recipe.pre, pad=not architecture.tokens_decide_rows
@@ -47,11 +48,12 @@ def plan_gguf(model: str | Path, out: str | Path, recipe: Recipe) -> Plan:
 
 
 def _traits(architecture: Architecture, config: Config, has_imatrix: bool) -> ModelTraits:
+    keys = {key: value.value for key, value in architecture.keys(config).items()}
     return ModelTraits(
         architecture=architecture.name,
-        blocks=config.need("num_hidden_layers", "n_layer"),
-        heads=config.heads,
-        kv_heads=config.kv_heads,
-        experts=config.get("num_local_experts", "num_experts", default=0),
+        blocks=keys["block_count"],
+        heads=keys["attention.head_count"],
+        kv_heads=keys["attention.head_count_kv"],
+        experts=keys.get("expert_count", 0),
         has_imatrix=has_imatrix,
     )

@@ -65,7 +65,7 @@ class Checkpoint:
         """Rows `first` to `first + rows` (to the end by default) of a tensor seen as a matrix.
 
         Returns `(rows, columns)` of float32, float16, or uint16 holding the bits of BF16."""
-        tensor = self._readable(name)
+        tensor = self.readable(name)
         rows = tensor.rows - first if rows is None else rows
         if first < 0 or rows < 0 or first + rows > tensor.rows:
             raise ValueError(f"{name}: rows {first} to {first + rows} of {tensor.rows}")
@@ -76,7 +76,7 @@ class Checkpoint:
     def read_into(self, name: str, first: int, out: np.ndarray) -> None:
         """Fill `out`, C-contiguous `(rows, columns)` of the tensor's dtype as `read` returns it, with the
         rows from `first` on. Raises CheckpointError if the file has changed since it was opened."""
-        tensor = self._readable(name)
+        tensor = self.readable(name)
         if out.dtype != READABLE[tensor.dtype] or out.ndim != 2 or not out.flags.c_contiguous:
             raise ValueError(f"{name}: a buffer of {out.dtype} {out.shape} for {tensor.dtype} {tensor.shape}")
         if out.shape[1] != tensor.columns or not 0 <= first <= tensor.rows - out.shape[0]:
@@ -126,7 +126,8 @@ class Checkpoint:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _readable(self, name: str) -> TensorInfo:
+    def readable(self, name: str) -> TensorInfo:
+        """The tensor called `name`. Raises CheckpointError if there is none, or none that `read` can return."""
         tensor = self.index.get(name)
         if tensor is None:
             raise CheckpointError(f"{self.directory}: no tensor {shown(name)}{nearest(name, self.index)}")

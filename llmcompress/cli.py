@@ -25,21 +25,21 @@ app = typer.Typer(
 CONVERT_TYPES = ("auto", "F32", "F16", "BF16", "Q8_0")
 
 Model = Annotated[str, typer.Argument(help="A model directory, or a hub id such as org/name or org/name@revision.")]
-Out = Annotated[str, typer.Option("-o", "--output", help="A file, a folder, or a template with {name} and {type}.")]
-Types = Annotated[Optional[list[str]], typer.Option("--type", "-t", help="File type such as Q4_K_M; repeat for several files from one read.")]
+Out = Annotated[str, typer.Option("-o", "--output", metavar="PATH", help="A file, a folder, or a template with {name} and {type}.")]
+Types = Annotated[Optional[list[str]], typer.Option("--type", "-t", metavar="TYPE", help="File type such as Q4_K_M; repeat for several files from one read.  [default: Q4_K_M, of convert auto]")]
 TensorTypes = Annotated[Optional[list[str]], typer.Option("--tensor-type", metavar="PATTERN=TYPE", help="Type of the tensors whose GGUF name the pattern is found in; the first match wins.")]
-OutputType = Annotated[Optional[str], typer.Option("--output-tensor-type", help="Type of output.weight.")]
-EmbeddingType = Annotated[Optional[str], typer.Option("--token-embedding-type", help="Type of token_embd.weight.")]
+OutputType = Annotated[Optional[str], typer.Option("--output-tensor-type", metavar="TYPE", help="Type of output.weight.")]
+EmbeddingType = Annotated[Optional[str], typer.Option("--token-embedding-type", metavar="TYPE", help="Type of token_embd.weight.")]
 Pure = Annotated[bool, typer.Option("--pure", help="One type for all tensors, no mix.")]
 LeaveOutput = Annotated[bool, typer.Option("--leave-output-tensor", help="Keep output.weight as the checkpoint has it.")]
-Imatrix = Annotated[Optional[str], typer.Option("--imatrix", help="Importance matrix: a GGUF or .dat by llama-imatrix.")]
-Pre = Annotated[Optional[str], typer.Option("--pre", help="Name of the pre-tokenizer, where it cannot be found.")]
-Name = Annotated[Optional[str], typer.Option("--name", help="The model's name in the file (general.name).")]
-Split = Annotated[Optional[str], typer.Option("--split-max-size", help="Write shards of at most this size, such as 4G.")]
-MaxRam = Annotated[Optional[str], typer.Option("--max-ram", help="Memory above the interpreter and its libraries.  [default: 512MiB]")]
-Threads = Annotated[Optional[int], typer.Option("--threads", help="Workers.  [default: the cores there are, and one]")]
-Verify = Annotated[Optional[str], typer.Option("--verify", help="Rows to decode and compare afterwards: off, sample or full.  [default: sample]")]
-RecipeFile = Annotated[Optional[str], typer.Option("--recipe", help="YAML file with any of these; flags go before it.")]
+Imatrix = Annotated[Optional[str], typer.Option("--imatrix", metavar="FILE", help="Importance matrix: a GGUF or .dat by llama-imatrix.")]
+Pre = Annotated[Optional[str], typer.Option("--pre", metavar="NAME", help="Name of the pre-tokenizer, where it cannot be found.")]
+Name = Annotated[Optional[str], typer.Option("--name", metavar="NAME", help="The model's name in the file (general.name).")]
+Split = Annotated[Optional[str], typer.Option("--split-max-size", metavar="SIZE", help="Write shards of at most this size, such as 4G.")]
+MaxRam = Annotated[Optional[str], typer.Option("--max-ram", metavar="SIZE", help="Memory above the interpreter and its libraries.  [default: 512MiB]")]
+Threads = Annotated[Optional[int], typer.Option("--threads", metavar="N", help="Workers.  [default: one more than the cores there are]")]
+Verify = Annotated[Optional[str], typer.Option("--verify", metavar="ROWS", help="Rows to decode and compare afterwards: off, sample or full.  [default: sample]")]
+RecipeFile = Annotated[Optional[str], typer.Option("--recipe", metavar="FILE", help="YAML file with any of these; a flag wins over it.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")]
 
@@ -57,9 +57,14 @@ def reported(command: Callable) -> Callable:
         except KeyboardInterrupt:
             typer.echo("stopped: the same command goes on from here", err=True)
             raise typer.Exit(130) from None
-        except BrokenPipeError:  # the reader of our output, such as head, has seen enough
+        except OSError as error:
+            if error.filename is not None:  # a file's error has become one of ours: this is a bug
+                raise
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            raise typer.Exit(0) from None
+            if isinstance(error, BrokenPipeError):  # the reader of our output, such as head, has seen enough
+                raise typer.Exit(0) from None
+            typer.echo(f"error: standard output cannot be written: {error.strerror}", err=True)
+            raise typer.Exit(2) from None
 
     return wrapped
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Iterable
+from math import prod
 from typing import Any
 
 from rich.console import Console
@@ -162,7 +163,7 @@ def _show_worst(output: FileReport) -> None:
     worst = output.worst()
     if not worst:
         return
-    rows = "all rows" if all(t.rows_checked >= _rows(t.shape) for t in output.tensors) else "sampled rows"
+    rows = "all rows" if all(t.rows_checked >= prod(t.shape[:-1]) for t in output.tensors) else "sampled rows"
     listed = ", ".join(f"{tensor.name} {tensor.type} {tensor.relative_error:.2%}" for tensor in worst)
     _out.print(f"largest relative errors ({rows}): {listed}", soft_wrap=True)
 
@@ -183,13 +184,6 @@ def _counts(output: Output) -> dict[str, int]:
 
 def _bits(plan: Plan, output: Output) -> float:
     return 8 * sum(place.nbytes for place in output.placements) / plan.weights
-
-
-def _rows(shape: tuple[int, ...]) -> int:
-    total = 1
-    for size in shape[:-1]:
-        total *= size
-    return total
 
 
 def _shape(shape: tuple[int, ...]) -> str:

@@ -28,6 +28,8 @@ def resolve(model: str, revision: str | None = None) -> Path:
     HF_HUB_OFFLINE set, or when the hub cannot be reached, the cached snapshot is used.
     Raises CheckpointError."""
     path = Path(model).expanduser()
+    if not model:
+        raise CheckpointError("no model is named; give a directory or a hub id (org/name)")
     if path.is_dir():
         return path
     if path.exists():
@@ -66,7 +68,7 @@ def _snapshot(repository: str, revision: str | None, path: Path) -> Path:
         if not offline:
             offline = _unreachable(repository, revision, HfApi())
             if offline:
-                _log.warning("%s: %s; using the snapshot in the cache", shown, offline)
+                _log.warning("%s: %s; looking in the cache", shown, offline)
         return _download(repository, revision, bool(offline))
     except errors.GatedRepoError as error:
         raise CheckpointError(

@@ -13,7 +13,6 @@ import fcntl
 import json
 import os
 from collections.abc import Mapping, Sequence
-from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +42,8 @@ class Journal:
     def __enter__(self) -> Journal:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = _open_locked(self.path)
+            self._file = open(open_locked(self.path, os.O_APPEND), "a+b", buffering=0)  # nothing is left for closing
+            self._file.seek(0)
             self._load(self._file.read())
         except OSError as error:
             raise cannot_be_written(self.path, error) from error
@@ -101,8 +101,25 @@ def cannot_be_written(path: Path, error: OSError) -> InterruptedRun:
     return InterruptedRun(f"{where}: cannot be written: {error.strerror}; {remedy} and give the same command again")
 
 
-def lock(descriptor: int, path: Path) -> None:
-    """Keep other processes from `path` until `descriptor` is closed. Raises InterruptedRun if one has it."""
+def open_locked(path: Path, flags: int = 0) -> int:
+    """A descriptor of `path`, made if need be, that keeps other processes from it until it is closed.
+
+    A file that its owner removed or renamed before we had the lock does not count. Raises InterruptedRun if
+    another process has it.
+    """
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | flags, 0o666)
+        try:
+            _lock(descriptor, path)
+            if _has_its_name(descriptor, path):
+                return descriptor
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+
+
+def _lock(descriptor: int, path: Path) -> None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -112,19 +129,11 @@ def lock(descriptor: int, path: Path) -> None:
             raise
 
 
-def _open_locked(path: Path) -> FileIO:
-    """The file, made if need be; one that its owner removed before we had the lock does not count."""
-    while True:
-        file = open(path, "a+b", buffering=0)  # nothing is left to be written when it is closed
-        try:
-            lock(file.fileno(), path)
-            if os.fstat(file.fileno()).st_nlink:
-                file.seek(0)
-                return file
-        except BaseException:
-            file.close()
-            raise
-        file.close()
+def _has_its_name(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except FileNotFoundError:
+        return False
 
 
 def _packed(record: Mapping[str, Any]) -> bytes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from string import Formatter
 
 from llmcompress.errors import PlanError
 from llmcompress.filetypes import FileType, TypeChoice
@@ -95,17 +96,23 @@ def typed_metadata(
 def output_paths(out: str | Path, name: str, file_types: Sequence[FileType]) -> list[Path]:
     """One path for each file type from a file name, a template with {name} and {type}, or a folder."""
     template = str(out)
-    if template.endswith(("/", "\\")) or Path(template).is_dir():
+    if template.endswith(("/", "\\")) or Path(template).expanduser().is_dir():
         template = str(Path(template) / "{name}-{type}.gguf")
     paths = []
     for file_type in file_types:
         try:
-            paths.append(Path(template.format(name=name, type=file_type.name)))
-        except (KeyError, IndexError, ValueError, AttributeError) as error:
+            paths.append(Path(_filled(template, name=name, type=file_type.name)).expanduser())
+        except (KeyError, ValueError) as error:
             raise PlanError(f"-o {out}: only {{name}} and {{type}} can stand in braces ({error})") from error
     if len(set(paths)) < len(paths):
         raise PlanError(f"-o {out}: {len(paths)} types would go to the same file; put {{type}} into the name")
     return paths
+
+
+def _filled(template: str, **values: str) -> str:
+    """The template with its fields replaced. Raises KeyError for another field, ValueError for a lone brace."""
+    parts = Formatter().parse(template)
+    return "".join(text + (values[field] if field is not None else "") for text, field, _, _ in parts)
 
 
 def part_path(path: Path) -> Path:

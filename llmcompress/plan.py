@@ -150,10 +150,10 @@ def _existing_parent(path: Path) -> Path:
 def _file_type(name: str, steps: Sequence[Step]) -> FileType:
     """The file type of that name; `auto` is the float type most of the checkpoint's weights have."""
     if name.lower() == "auto":
-        totals: dict[str, int] = {}
+        totals: Counter[str] = Counter()
         for step in steps:
-            totals[step.dtype] = totals.get(step.dtype, 0) + step.weights
-        name = max(totals, key=totals.__getitem__)
+            totals[step.dtype] += step.weights
+        name = totals.most_common(1)[0][0]
     return find_file_type(name)
 
 
@@ -201,6 +201,8 @@ def _check_paths(plan: Plan) -> None:
     for file in plan.files:
         if file.path.is_dir():
             raise PlanError(f"{file.path}: is a folder; give a file name")
+        if file.path.exists() and not file.path.is_file():  # a rename would put a file in a device's place
+            raise PlanError(f"{file.path}: is a device or a pipe; give a file name")
         if file.path.resolve() in read:
             raise PlanError(f"{file.path}: is read by this job; choose another name for the result")
 

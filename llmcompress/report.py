@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ class FileReport:
 
     @property
     def bits_per_weight(self) -> float:
-        weights = sum(_product(tensor.shape) for tensor in self.tensors)
+        weights = sum(prod(tensor.shape) for tensor in self.tensors)
         return 8 * sum(tensor.nbytes for tensor in self.tensors) / weights
 
     @property
@@ -92,10 +93,3 @@ def make_result(
         paths = tuple(file.path for file in output.files)
         outputs.append(FileReport(output.file_type.name, paths, output.size, tuple(tensors)))
     return Result(tuple(outputs), plan.notes, seconds, sum(1 for _ in plan.slabs()), slabs_kept)
-
-
-def _product(shape: tuple[int, ...]) -> int:
-    total = 1
-    for size in shape:
-        total *= size
-    return total

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from llmcompress.errors import GGUFError, RunError
-from llmcompress.journal import Journal, Sums, cannot_be_written, lock, sync
+from llmcompress.journal import Journal, Sums, cannot_be_written, open_locked, sync
 from llmcompress.parallel import in_parallel
 from llmcompress.output import OutputFile, Placement, part_path
 from llmcompress.plan import Plan, check_disk
@@ -122,9 +122,7 @@ class Parts:
     def _open(self, file: OutputFile) -> None:
         try:
             file.path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(part_path(file.path), os.O_RDWR | os.O_CREAT, 0o666)
-            self._descriptors[file.path] = descriptor
-            lock(descriptor, file.path)
+            descriptor = self._descriptors[file.path] = open_locked(part_path(file.path))
             if self.fresh:
                 os.ftruncate(descriptor, 0)
             os.ftruncate(descriptor, file.size)

@@ -3,27 +3,39 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import struct
+from math import prod
 from pathlib import Path
 
 import pytest
 
+from llmcompress.converters.families import CLASSES
 from llmcompress.converters.to_gguf import plan_gguf
 from llmcompress.errors import CheckpointError, PlanError
 from llmcompress.plan import Plan
 from llmcompress.recipe import Recipe
-from synthetic_checkpoint import Llama, write_checkpoint, write_safetensors
+from llmcompress.tensor_info import DTYPE_BITS
+from synthetic_checkpoint import Llama, write_checkpoint
 
 LAYER = "model.layers.0."
 Shapes = dict[str, tuple[int, ...]]
 
 
-def plan_of(folder: Path, more: Shapes, less: tuple[str, ...] = ()) -> Plan:
-    """The plan for a Llama of two layers with some tensors added, reshaped or left out."""
+def plan_of(folder: Path, more: Shapes, less: tuple[str, ...] = (), dtypes: dict[str, str] = {}) -> Plan:
+    """The plan for a Llama of two layers with some tensors added, reshaped, left out or of another type than F32."""
     write_checkpoint(folder)
-    shapes = {name: shape for name, shape in (Llama().shapes | more).items() if name not in less}
-    write_safetensors(folder / "model.safetensors", shapes, "BF16", seed=0)
+    header, end = {}, 0
+    for name, shape in (Llama().shapes | more).items():
+        if name not in less:
+            dtype = dtypes.get(name, "F32")
+            begin, end = end, end + prod(shape) * DTYPE_BITS[dtype] // 8
+            header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+    packed = json.dumps(header).encode()
+    file = folder / "model.safetensors"
+    file.write_bytes(struct.pack("<Q", len(packed)) + packed)
+    os.truncate(file, 8 + len(packed) + end)  # a plan reads no weights
     return plan_gguf(folder, folder / "out.gguf", Recipe())
 
 
@@ -78,14 +90,18 @@ def test_a_layer_has_one_spelling(layer, tmp_path):
         plan_of(tmp_path, {f"model.layers.{layer}.input_layernorm.weight": (256,)})
 
 
-def test_a_type_that_cannot_be_read_is_refused_before_anything_is_written(tmp_path):
-    write_checkpoint(tmp_path / "model")
-    file = tmp_path / "model" / "model.safetensors"
-    data = file.read_bytes()
-    (length,) = struct.unpack("<Q", data[:8])
-    header = json.loads(data[8 : 8 + length])
-    header["model.norm.weight"]["dtype"] = "I16"
-    packed = json.dumps(header).encode().ljust(length)
-    file.write_bytes(data[:8] + packed + data[8 + length :])
-    with pytest.raises(CheckpointError, match="tensor 'model.norm.weight' is I16, not one of F32, F16, BF16"):
-        plan_gguf(tmp_path / "model", tmp_path / "out.gguf", Recipe())
+@pytest.mark.parametrize("dtype", ["F64", "I16", "F8_E4M3"])
+def test_a_type_that_cannot_be_read_is_refused_before_anything_is_written(dtype, tmp_path):
+    with pytest.raises(CheckpointError, match=f"tensor 'model.norm.weight' is {dtype}, not one of F32, F16, BF16"):
+        plan_of(tmp_path, {}, dtypes={"model.norm.weight": dtype})
+
+
+def test_a_dense_model_whose_config_counts_experts_is_dense():
+    config = CLASSES["LlamaForCausalLM"].config(Llama().config | {"num_local_experts": 8, "num_experts_per_tok": 2})
+    assert not any("expert" in key for key in CLASSES["LlamaForCausalLM"].keys(config))
+
+
+def test_more_experts_for_a_token_than_there_are_is_refused():
+    config = CLASSES["MixtralForCausalLM"].config(Llama().config | {"num_experts_per_tok": 9})
+    with pytest.raises(PlanError, match="num_experts_per_tok is 9, of 8 experts in all"):
+        CLASSES["MixtralForCausalLM"].keys(config)

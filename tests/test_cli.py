@@ -118,6 +118,16 @@ def test_output_cut_off_by_its_reader_is_no_error(place: Path) -> None:
     assert done.stderr == "" and done.stdout == '{\n "name": '[:10]
 
 
+@pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="needs a device that is always full")
+@pytest.mark.parametrize("more", [[], ["--json"]])
+def test_a_full_standard_output_is_one_line(place: Path, more: list[str]) -> None:
+    command = [sys.executable, "-m", "llmcompress", "plan", SAMPLE, *more]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, cwd=place, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2
+    assert done.stderr == "error: standard output cannot be written: No space left on device\n"
+
+
 def test_inspect_shows_files_and_directories(place: Path) -> None:
     assert llmcompress("quantize", SAMPLE, "-o", "x.gguf", "-t", "Q8_0", cwd=place).returncode == 0
     shown = llmcompress("inspect", "x.gguf", cwd=place).stdout

@@ -105,6 +105,15 @@ def test_a_tensor_without_a_rule_is_given_the_nearest_known_name(model: Path) ->
         planned(model)
 
 
+def test_a_tied_head_is_kept_only_if_it_was_trained_apart(model: Path) -> None:
+    edit_tensors(model, lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"].copy()}))
+    plan = planned(model)
+    assert "output.weight" not in types_of(plan) and any("it is the embedding again" in note for note in plan.notes)
+    edit_tensors(model, lambda tensors: tensors.update({"lm_head.weight": tensors["lm_head.weight"] + 1}))
+    plan = planned(model)
+    assert "output.weight" in types_of(plan) and any("it differs from it" in note for note in plan.notes)
+
+
 def test_missing_and_unlike_experts_are_refused(mixtral: Path, tmp_path: Path) -> None:
     third = "model.layers.1.block_sparse_moe.experts.2.w1.weight"
     spoiled = Path(shutil.copytree(mixtral, tmp_path / "missing"))

@@ -63,6 +63,8 @@ def test_the_first_phi_3_configs_are_longrope(kind: str) -> None:
         ({"rope_type": "linear"}, "linear rope scaling has no factor"),
         ({"rope_type": "linear", "factor": "8"}, "rope's factor is '8', it must be a number above zero"),
         ({"rope_type": "yrn"}, "rope type 'yrn' is unknown"),
+        ({"rope_type": ["yarn"]}, "rope type .* is unknown"),
+        (LONGROPE | {"original_max_position_embeddings": 0.5}, "rope scaling of a context of 0 tokens"),
     ],
 )
 def test_damaged_parameters_are_refused(parameters: dict[str, Any], message: str) -> None:
@@ -102,6 +104,10 @@ def test_a_scaling_by_tensors_is_for_those_whose_tensors_are_read(kind, rope):
             keys_of(kind, rope)
 
 
+def test_a_null_is_as_good_as_nothing() -> None:
+    assert keys_of("LlamaForCausalLM", {"rope_theta": None, "rope_type": None}, rope_theta=2e4)["rope.freq_base"] == 2e4
+
+
 def test_the_length_before_scaling_is_found_inside_the_rope_parameters():
     assert keys_of("Phi3ForCausalLM", LONGROPE)["rope.scaling.original_context_length"] == 128
 
@@ -126,3 +132,10 @@ def test_heads_that_are_not_the_hidden_size_are_refused_where_llama_cpp_takes_th
     config = {"hidden_size": 256, "num_attention_heads": 4, "head_dim": 32, "max_position_embeddings": 512}
     with pytest.raises(PlanError, match="4 heads of 32 are not the hidden size of 256"):
         CLASSES[kind].check_config(CLASSES[kind].config(config))
+
+
+@pytest.mark.parametrize("kind", ["LlamaForCausalLM", "MixtralForCausalLM"])
+@pytest.mark.parametrize("values", [{"partial_rotary_factor": 0.5}, {"rope": {"partial_rotary_factor": 0.5}}])
+def test_a_llama_that_turns_a_part_of_each_head_is_refused(kind: str, values: dict[str, Any]) -> None:
+    with pytest.raises(PlanError, match="8 of a head's 16 dimensions are rotary"):
+        keys_of(kind, **values)

@@ -15,9 +15,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from numba import njit
 from numba.extending import register_jitable
 
+from llmcompress.grids.compiled import compiled
 from llmcompress.grids.grid import Grid
 from llmcompress.grids.lanes import (
     WIDTH,
@@ -66,7 +66,7 @@ def compile_quantizer(
     """
     sources = _SOURCES
 
-    @njit(cache=True, nogil=True, error_model="numpy")
+    @compiled(error_model="numpy")
     def quantize(weights, importance, out):
         sources  # noqa: B018
         columns, blocks = weights.shape[1], weights.size // block
@@ -102,7 +102,7 @@ def compile_plain_quantizer(block_bytes: int, encode: Callable) -> Callable:
     """
     sources = _SOURCES
 
-    @njit(cache=True, nogil=True, error_model="numpy")
+    @compiled(error_model="numpy")
     def quantize(weights, importance, out):
         sources  # noqa: B018
         flat, blocks = weights.reshape(-1), out.reshape(-1, block_bytes)
@@ -116,7 +116,7 @@ def compile_dequantizer(block: int, block_bytes: int, decode: Callable) -> Calla
     """The dequantize kernel of a format: `decode(data, values)` for uint8 and float32 of one block."""
     sources = _SOURCES
 
-    @njit(cache=True, nogil=True, error_model="numpy")
+    @compiled(error_model="numpy")
     def dequantize(data, out):
         sources  # noqa: B018
         blocks, values = data.reshape(-1, block_bytes), out.reshape(-1, block)

@@ -8,9 +8,9 @@ reads weights asks `first_nonfinite` first.
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 from numba.extending import register_jitable
 
+from llmcompress.grids.compiled import compiled
 from llmcompress.grids.grid import Grid
 
 _CHUNK = 4096  # values looked at between two chances to stop early
@@ -62,20 +62,20 @@ def read_half(data, i):
     return half_to_float(np.uint32(data[i] | data[i + 1] << 8))
 
 
-@njit(cache=True, nogil=True)
+@compiled()
 def _halves_to_float(words, values):
     for i in range(words.size):
         values[i] = half_to_float(np.uint32(words[i]))
 
 
-@njit(cache=True, nogil=True)
+@compiled()
 def _brains_to_float(words, values):
     bits = values.view(np.uint32)
     for i in range(words.size):
         bits[i] = np.uint32(words[i]) << np.uint32(16)
 
 
-@njit(cache=True, nogil=True)
+@compiled()
 def _first_with_bits(words, exponent):
     """Index of the first word with all bits of `exponent` set, or -1."""
     for start in range(0, words.size, _CHUNK):
@@ -90,7 +90,7 @@ def _first_with_bits(words, exponent):
     return -1
 
 
-@njit(cache=True, nogil=True)
+@compiled()
 def _count_from(values, limit):
     count = 0
     for value in values:
@@ -98,14 +98,14 @@ def _count_from(values, limit):
     return count
 
 
-@njit(cache=True, nogil=True)
+@compiled()
 def _quantize_f32(weights, importance, out):
     flat, values = weights.reshape(-1), out.reshape(-1).view(np.float32)
     for i in range(flat.size):
         values[i] = flat[i]
 
 
-@njit(cache=True, nogil=True)
+@compiled()
 def _dequantize_f32(data, out):
     _quantize_f32(data.reshape(-1).view(np.float32), None, out.reshape(-1).view(np.uint8))
 
@@ -126,14 +126,14 @@ def half_bits_of(bits):
     return np.uint16(sign | half)
 
 
-@njit(cache=True, nogil=True)
+@compiled()
 def _quantize_f16(weights, importance, out):
     bits, halves = weights.reshape(-1).view(np.uint32), out.reshape(-1).view(np.uint16)
     for i in range(bits.size):
         halves[i] = half_bits_of(bits[i])
 
 
-@njit(cache=True, nogil=True)
+@compiled()
 def _dequantize_f16(data, out):
     _halves_to_float(data.reshape(-1).view(np.uint16), out.reshape(-1))
 
@@ -146,14 +146,14 @@ def brain_bits_of(bits):
     return np.uint16(sign | (0x7FC0 if size > 0x7F800000 else min(rounded, 0x7F7F)))
 
 
-@njit(cache=True, nogil=True)
+@compiled()
 def _quantize_bf16(weights, importance, out):
     bits, brains = weights.reshape(-1).view(np.uint32), out.reshape(-1).view(np.uint16)
     for i in range(bits.size):
         brains[i] = brain_bits_of(bits[i])
 
 
-@njit(cache=True, nogil=True)
+@compiled()
 def _dequantize_bf16(data, out):
     _brains_to_float(data.reshape(-1).view(np.uint16), out.reshape(-1))
 

@@ -1,0 +1,82 @@
+"""A model's config.json, whose values go by several names and come from strangers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from llmcompress.errors import PlanError, shown
+
+_COUNTS = (
+    "hidden_size", "n_embd", "num_hidden_layers", "n_layer", "num_attention_heads", "n_head", "num_key_value_heads",
+    "head_dim", "intermediate_size", "n_inner", "vocab_size", "max_position_embeddings", "n_positions", "n_ctx",
+    "original_max_position_embeddings", "sliding_window", "num_local_experts", "num_experts", "num_experts_per_tok",
+    "moe_intermediate_size", "sliding_window_pattern", "_sliding_window_pattern",
+)  # fmt: skip
+_NUMBERS = (
+    "rms_norm_eps", "layer_norm_epsilon", "layer_norm_eps", "rope_theta", "rope_local_base_freq", "rotary_emb_base",
+    "partial_rotary_factor", "query_pre_attn_scalar", "final_logit_softcapping", "attn_logit_softcapping",
+)  # fmt: skip
+_OBJECTS = ("rope_parameters", "rope_scaling")
+_LISTS = ("architectures", "layer_types")
+_FLAGS = ("tie_word_embeddings",)
+
+
+class Config:
+    """config.json, read by any of the names a value goes by.
+
+    `defaults` are those of the model's class in transformers, for what the file leaves out. Raises PlanError
+    for a value of the wrong kind.
+    """
+
+    def __init__(self, values: Mapping[str, Any], defaults: Mapping[str, Any] | None = None) -> None:
+        self.values = {**(defaults or {}), **values}
+        for names, wanted, is_wanted in (
+            (_COUNTS, "a whole number above zero", _is_count), (_NUMBERS, "a number above zero", is_number),
+            (_OBJECTS, "an object", lambda value: isinstance(value, dict)),
+            (_LISTS, "a list", lambda value: isinstance(value, list)),
+            (_FLAGS, "true or false", lambda value: isinstance(value, bool)),
+        ):  # fmt: skip
+            for name in names:
+                value = self.get(name)
+                if value is not None and not is_wanted(value):
+                    raise PlanError(f"config.json: {name} is {shown(value)}, it must be {wanted}")
+
+    def get(self, *names: str, default: Any = None) -> Any:
+        """The first of `names` whose value is not null."""
+        return next((self.values[name] for name in names if self.values.get(name) is not None), default)
+
+    def need(self, *names: str) -> Any:
+        value = self.get(*names)
+        if value is None:
+            raise PlanError(f"config.json: {' or '.join(names)} is missing; take the file from the model's page")
+        return value
+
+    @property
+    def tied(self) -> bool:
+        """Whether the head is the embedding."""
+        return self.get("tie_word_embeddings", default=False)
+
+    @property
+    def heads(self) -> int:
+        return self.need("num_attention_heads", "n_head")
+
+    @property
+    def kv_heads(self) -> int:
+        return self.get("num_key_value_heads", default=self.heads)
+
+    @property
+    def head_dim(self) -> int:
+        size = self.get("head_dim", default=self.need("hidden_size", "n_embd") // self.heads)
+        if not size:
+            raise PlanError(f"config.json: {self.heads} attention heads are more than its hidden size has values")
+        return size
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 < value < 2**31
+
+
+def is_number(value: Any) -> bool:
+    return type(value) in (int, float) and 0 < value < math.inf
