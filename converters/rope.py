@@ -57,10 +57,14 @@ def rope_keys(config: Config, tensors: bool = False) -> Metadata:
 
 
 def rope_notes(config: Config) -> list[str]:
-    """What llama.cpp leaves out of this model's rotary embedding."""
-    if rope_parameters(config)["rope_type"] == "dynamic":
-        length = config.need("max_position_embeddings")
+    """What llama.cpp does otherwise, or leaves out, of this model's rotary embedding."""
+    parameters, length = rope_parameters(config), config.need("max_position_embeddings")
+    if parameters["rope_type"] == "dynamic":
         return [f"rope scaling 'dynamic' is left out: llama.cpp has none; contexts beyond {length} tokens will differ"]
+    trained = _trained_length(parameters, config)
+    if parameters["rope_type"] == "longrope" and trained < length:
+        return [f"rope scaling 'longrope': llama.cpp takes the long factors when its context is beyond {trained} tokens, "
+                "transformers when the text is"]  # fmt: skip
     return []
 
 

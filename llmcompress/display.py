@@ -42,7 +42,7 @@ class Bar(Progress):
 
     def __init__(self) -> None:
         self._bar = RichProgress(
-            TextColumn("{task.description:8}"), BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn(),
+            TextColumn("{task.description:8}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(),
             TimeRemainingColumn(), console=_err,
         )  # fmt: skip
         self._task = None

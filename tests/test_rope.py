@@ -11,7 +11,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from llmcompress.converters.config import Config
 from llmcompress.converters.families import ARCHITECTURES, CLASSES
-from llmcompress.converters.rope import rope_keys, rope_parameters, rope_tensors
+from llmcompress.converters.rope import rope_keys, rope_notes, rope_parameters, rope_tensors
 from llmcompress.errors import PlanError
 
 SIZE = {"hidden_size": 64, "num_attention_heads": 4, "max_position_embeddings": 512}
@@ -139,3 +139,12 @@ def test_heads_that_are_not_the_hidden_size_are_refused_where_llama_cpp_takes_th
 def test_a_llama_that_turns_a_part_of_each_head_is_refused(kind: str, values: dict[str, Any]) -> None:
     with pytest.raises(PlanError, match="8 of a head's 16 dimensions are rotary"):
         keys_of(kind, **values)
+
+
+def test_what_llama_cpp_does_otherwise_is_said() -> None:
+    def notes(rope: dict[str, Any]) -> list[str]:
+        return rope_notes(Config(SIZE | {"rope_parameters": rope}))
+
+    assert notes(YARN) == notes(LONGROPE | {"original_max_position_embeddings": 512}) == []
+    assert "contexts beyond 512 tokens will differ" in notes({"rope_type": "dynamic", "factor": 2.0})[0]
+    assert "when its context is beyond 128 tokens" in notes(LONGROPE)[0]
