@@ -83,6 +83,7 @@ class Architecture:
     tensors: Mapping[str, Rule | None]
     keys: Callable[[Config], Metadata]  # everything below `<name>.`, without that prefix
     computed: Callable[[Config], dict[str, np.ndarray]] = lambda config: {}  # tensors made from the config
+    biases: frozenset[str] = frozenset()  # GGUF modules, without their block, whose bias llama.cpp loads
     defaults: Mapping[str, Any] = field(default_factory=dict)  # transformers', where config.json says nothing
     assumes: Mapping[str, tuple] = field(default_factory=dict)  # config values llama.cpp takes for granted
     check: Callable[[Config], list[str]] = lambda config: []  # notes; raises PlanError
@@ -165,7 +166,7 @@ def _match(
     name = tensor.name.removeprefix(architecture.prefix)
     for matcher, rule in matchers:
         match = matcher.fullmatch(name)
-        if match:
+        if match and (match["suffix"] != ".bias" or _has_bias(architecture, rule)):
             groups = match.groupdict()
             expert = int(groups["e"]) if "e" in groups else None
             return rule, groups.get("i") or "", expert, groups["suffix"]
@@ -174,6 +175,10 @@ def _match(
         f"{tensor.name}: {architecture.classes[0]} has no rule for a tensor of this name (shape "
         f"{'x'.join(map(str, tensor.shape))}){nearest(re.sub(r'[0-9]+', '0', name), known)}"
     )
+
+
+def _has_bias(architecture: Architecture, rule: Rule | None) -> bool:
+    return rule is None or {target.rpartition(".")[2] for target in rule.targets} <= architecture.biases
 
 
 def _step(name: str, sources: Mapping[int | None, tuple[TensorInfo, Rule, int]], config: Config) -> Step:

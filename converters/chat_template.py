@@ -6,7 +6,7 @@ from pathlib import Path
 from string import ascii_letters, digits
 from typing import Any
 
-from llmcompress.converters.small_file import read_text
+from llmcompress.small_file import read_text
 from llmcompress.errors import TokenizerError
 from llmcompress.json_object import read_object
 

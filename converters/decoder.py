@@ -38,6 +38,9 @@ FUSED_EXPERTS: dict[str, Rule | None] = {  # the 3-D parameters of transformers 
 }
 
 
+QKV_BIASES = frozenset({"attn_q", "attn_k", "attn_v"})
+
+
 def decoder_keys(config: Config) -> Metadata:
     """What llama.cpp reads of every decoder, each value under any of the names it goes by."""
     rms = config.get("rms_norm_eps")

@@ -33,6 +33,7 @@ GPT2 = Architecture(
         "h.{i}.attn.masked_bias": None,
     },
     keys=decoder_keys,
+    biases=frozenset({"attn_norm", "attn_qkv", "attn_output", "ffn_norm", "ffn_up", "ffn_down", "output_norm"}),
     defaults={"layer_norm_epsilon": 1e-5, "n_positions": 1024, "tie_word_embeddings": True},
     assumes={"activation_function": ("gelu_new", "gelu_pytorch_tanh")},
     check=_check,

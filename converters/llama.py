@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from llmcompress.converters.architecture import Architecture, rotary, to
 from llmcompress.converters.config import Config
-from llmcompress.converters.decoder import ATTENTION, EMBEDDING, MLP, attention_notes, rotary_decoder_keys
+from llmcompress.converters.decoder import ATTENTION, EMBEDDING, MLP, QKV_BIASES, attention_notes, rotary_decoder_keys
 from llmcompress.converters.rope import rope_tensors, rotary_dimensions
 from llmcompress.errors import PlanError
 from llmcompress.gguf.value import Metadata, u32
@@ -31,6 +31,7 @@ LLAMA = Architecture(
     tensors=EMBEDDING | ROTARY_ATTENTION | MLP,
     keys=llama_keys,
     computed=rope_tensors,
+    biases=QKV_BIASES | {"attn_output", "ffn_gate", "ffn_up", "ffn_down"},
     defaults={"rms_norm_eps": 1e-6, "max_position_embeddings": 2048},
     assumes={"hidden_act": ("silu", "swish")},
     check=attention_notes,

@@ -61,8 +61,7 @@ def rope_notes(config: Config) -> list[str]:
     parameters, length = rope_parameters(config), config.need("max_position_embeddings")
     if parameters["rope_type"] == "dynamic":
         return [f"rope scaling 'dynamic' is left out: llama.cpp has none; contexts beyond {length} tokens will differ"]
-    trained = _trained_length(parameters, config)
-    if parameters["rope_type"] == "longrope" and trained < length:
+    if parameters["rope_type"] == "longrope" and (trained := _trained_length(parameters, config)) < length:
         return [f"rope scaling 'longrope': llama.cpp takes the long factors when its context is beyond {trained} tokens, "
                 "transformers when the text is"]  # fmt: skip
     return []

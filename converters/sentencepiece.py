@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from llmcompress.converters.small_file import read_bytes
+from llmcompress.small_file import read_bytes
 from llmcompress.errors import TokenizerError
 
 UNIGRAM, BPE = 1, 2

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from llmcompress.converters.sentencepiece import SentencePieceModel, read_sentencepiece
-from llmcompress.converters.small_file import read_text
+from llmcompress.small_file import read_text
 from llmcompress.errors import TokenizerError
 from llmcompress.json_object import read_object
 

@@ -7,16 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from llmcompress.errors import CheckpointError, shown
-
-LARGEST_JSON = 100_000_000  # bytes; also the safetensors library's own limit for its headers
+from llmcompress.small_file import read_bytes
 
 
 def read_object(file: Path) -> dict[str, Any]:
     """The JSON object in `file`. Raises CheckpointError as `parse_object` does, or if it is too large."""
-    size = file.stat().st_size
-    if size > LARGEST_JSON:
-        raise CheckpointError(f"{file}: {size} bytes of JSON, {LARGEST_JSON} are the limit; fetch it again")
-    return parse_object(file.read_bytes(), str(file))
+    return parse_object(read_bytes(file), str(file))
 
 
 def parse_object(data: bytes, where: str) -> dict[str, Any]:

@@ -80,7 +80,8 @@ def typed_metadata(
     """The metadata with the recipe of this one file, and the keys llama-quantize appends for a file type and
     its importance matrix."""
     typed = dict(metadata)
-    typed["llmcompress.recipe"] = string(replace(recipe, types=(file_type.name,)).as_json())
+    imatrix_name = Path(recipe.imatrix).name if recipe.imatrix else None  # where it lay is nobody's business
+    typed["llmcompress.recipe"] = string(replace(recipe, types=(file_type.name,), imatrix=imatrix_name).as_json())
     typed["general.quantization_version"] = u32(2)
     typed["general.file_type"] = u32(file_type.id)
     if imatrix is not None:
@@ -112,7 +113,12 @@ def output_paths(out: str | Path, name: str, file_types: Sequence[FileType]) -> 
 def _filled(template: str, **values: str) -> str:
     """The template with its fields replaced. Raises KeyError for another field, ValueError for a lone brace."""
     parts = Formatter().parse(template)
-    return "".join(text + (values[field] if field is not None else "") for text, field, _, _ in parts)
+    filled = ""
+    for text, field, form, conversion in parts:
+        if form or conversion:
+            raise ValueError(f"{field} has a format")
+        filled += text + (values[field] if field is not None else "")
+    return filled
 
 
 def part_path(path: Path) -> Path:

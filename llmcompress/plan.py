@@ -65,6 +65,7 @@ class Plan:
         for file in self.files:
             digest.update(f"{file.path.resolve()} {file.size}".encode())
             digest.update(file.header)
+        digest.update(repr([step.operation.name for step in self.steps]).encode())
         for name in sorted(self.importance):
             digest.update(name.encode())
             digest.update(np.ascontiguousarray(self.importance[name]).tobytes())

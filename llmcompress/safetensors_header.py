@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from llmcompress.errors import CheckpointError, shown
-from llmcompress.json_object import LARGEST_JSON, parse_object
+from llmcompress.json_object import parse_object
+from llmcompress.small_file import LARGEST
 from llmcompress.tensor_info import DTYPE_BITS, TensorInfo, is_shape, is_size
 
 
@@ -35,8 +36,8 @@ def read_header(file: Path) -> SafetensorsHeader:
         if size < 8:
             raise _damaged(file, f"{size} bytes, a safetensors file has at least 8")
         length = int.from_bytes(stream.read(8), "little")
-        if length > min(size - 8, LARGEST_JSON):
-            raise _damaged(file, f"its header claims {length} bytes of {size}, {LARGEST_JSON} are the limit")
+        if length > min(size - 8, LARGEST):
+            raise _damaged(file, f"its header claims {length} bytes of {size}, {LARGEST} are the limit")
         entries = parse_object(stream.read(length), f"{file}: header")
     metadata = _metadata(entries.pop("__metadata__", {}), file)
     tensors = [_tensor(name, entry, file, 8 + length, size) for name, entry in entries.items()]

@@ -82,6 +82,10 @@ def sample_slabs(plan: Plan) -> Iterator[Slab]:
 
 
 def _check_tables(plan: Plan, files: list[list[GGUFFile]]) -> None:
+    for file in plan.files:
+        with part_path(file.path).open("rb") as written:
+            if written.read(len(file.header)) != file.header:
+                raise RunError(f"{file.path}: its header reads back otherwise than written; see whether the disk is sound")
     for output, shards in zip(plan.outputs, files):
         for step, place in zip(plan.steps, output.placements):
             file = shards[place.file]

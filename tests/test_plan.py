@@ -233,3 +233,9 @@ def test_quantized_sources_are_refused_by_name(model: Path) -> None:
     edit_config(model, quantization_config={"quant_method": "gptq"})
     with pytest.raises(CheckpointError, match="already quantized .*gptq"):
         planned(model)
+
+
+def test_a_bias_llama_cpp_would_not_load_is_refused(model: Path) -> None:
+    edit_tensors(model, lambda tensors: tensors.update({"model.norm.bias": tensors["model.norm.weight"] * 0}))
+    with pytest.raises(PlanError, match="model.norm.bias: LlamaForCausalLM has no rule"):
+        planned(model)

@@ -23,6 +23,7 @@ from llmcompress.recipe import read_recipe
 # Lower layers may not import higher ones.
 LAYERS = [
     {"errors"},
+    {"small_file"},
     {"json_object", "tensor_info", "sizes", "machine", "progress", "parallel"},
     {"gguf"},
     {"hub", "safetensors_header", "torch_pickle", "torch_zip", "checkpoint"},
