@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import gguf
 import numpy as np
+import objectives
 import pytest
 import torch
 from hypothesis import given, settings
@@ -70,29 +71,8 @@ def extreme_rows() -> dict[str, np.ndarray]:
 EXTREMES = {name: row.astype(np.float32) for name, row in extreme_rows().items()}
 
 
-def objective(grid: Grid, x: np.ndarray, importance: np.ndarray | None) -> np.ndarray:
-    """What each squared error counts in llama.cpp's own search, in float64."""
-    x = x.astype(np.float64)
-    block = x.reshape(len(x), -1, 256) if grid.block == 256 else x[:, None, :]
-    mean_square = (block**2).mean(-1, keepdims=True)
-    if importance is not None:
-        if grid.name == "Q6_K":
-            return np.broadcast_to(importance, x.shape)
-        energy = mean_square * (2 if grid.name in ("Q3_K", "Q4_K", "Q5_K") else 1)
-        return importance * np.sqrt(energy + block**2).reshape(x.shape)
-    if grid.name == "Q2_K":
-        return abs(x)
-    if grid.name in ("Q3_K", "Q6_K"):
-        return x**2
-    if grid.name in ("Q4_K", "Q5_K"):
-        parts = x.reshape(len(x), -1, 32)
-        return (np.sqrt((parts**2).mean(-1, keepdims=True)) + abs(parts)).reshape(x.shape)
-    return np.ones_like(x)
-
-
 def weighted_error(grid: Grid, x: np.ndarray, data: np.ndarray, importance: np.ndarray | None) -> float:
-    error = (grid.dequantize(data).astype(np.float64) - x) ** 2
-    return float((objective(grid, x, importance) * error).sum())
+    return objectives.weighted_error(grid.name, x, grid.dequantize(data), importance)
 
 
 def relative_error(x: np.ndarray, decoded: np.ndarray) -> float:
