@@ -3,7 +3,7 @@
     python tools/bench_grids.py
     python tools/bench_grids.py --formats Q4_K Q6_K --rows 16 --markdown
 
-Both sides run on one thread, in turns; times are medians of five. Cases are normal weights, Student-t
+Both sides run on one thread, in turns; times are medians of five, of that thread. Cases are normal weights, Student-t
 weights of 4 degrees, and the matrices of a small trained model, each with and without importance. Speed is
 given for each case, error as our weighted squared error over ggml's (tests/objectives.py): of the one
 matrix, or the mean and the worst of many. A format passes where the least of its speeds and the worst
@@ -92,12 +92,12 @@ def importance_of(matrix: np.ndarray) -> np.ndarray:
 
 
 def seconds(work: Callable[[], object]) -> float:
-    """Of one call, repeated until the clock is fine enough."""
-    started, count = time.perf_counter(), 0
-    while count == 0 or time.perf_counter() - started < LEAST_SECONDS:
+    """Of CPU time for one call, repeated until the clock is fine enough; others may use the machine too."""
+    started, count = time.thread_time(), 0
+    while count == 0 or time.thread_time() - started < LEAST_SECONDS:
         work()
         count += 1
-    return (time.perf_counter() - started) / count
+    return (time.thread_time() - started) / count
 
 
 def compare(grid: Grid, ggml: Ggml, case: Case, with_importance: bool) -> Result:

@@ -254,6 +254,37 @@ def store_bytes(typing_context, array, i, value):
 
 
 @intrinsic
+def pick(typing_context, table, index):
+    """`table[index]` in every lane: a 1-D array of numbers, at whole numbers within it."""
+
+    def lower(context, builder, sig, args):
+        data = _data(context, builder, sig.args[0], args[0])
+        places, found = builder.fptosi(args[1], _INTS), ir.Constant(_FLOATS, ir.Undefined)
+        for lane in range(WIDTH):
+            at = ir.Constant(ir.IntType(32), lane)
+            place = builder.sext(builder.extract_element(places, at), ir.IntType(64))
+            entry = builder.load(builder.gep(data, [place]))
+            entry = context.cast(builder, entry, sig.args[0].dtype, types.float32)
+            found = builder.insert_element(found, entry, at)
+        return found
+
+    return LANES(table, LANES), lower
+
+
+@intrinsic
+def has_bit(typing_context, a, place):
+    """Where bit number `place`, a number or lanes, of whole numbers 0 to 2^24 is set."""
+
+    def lower(context, builder, sig, args):
+        bits = builder.fptosi(args[0], _INTS)
+        places = builder.fptosi(_as_lanes(context, builder, args[1], sig.args[1]), _INTS)
+        odd = builder.and_(builder.lshr(bits, places), _constant(_INTS, 1))
+        return builder.icmp_unsigned("!=", odd, _constant(_INTS, 0))
+
+    return MASK(LANES, place), lower
+
+
+@intrinsic
 def half_bits(typing_context, a):
     """The bits of float16 values (see `round_to_half`), as whole numbers 0 to 65535."""
 
