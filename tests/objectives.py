@@ -11,6 +11,8 @@ import numpy as np
 # Over how many weights the mean square is taken (None: the row), and how often it counts.
 _ENERGY = {
     "Q4_0": (None, 1), "Q4_1": (None, 1), "Q5_0": (None, 1), "Q5_1": (None, 1), "IQ4_NL": (32, 2),
+    "TQ1_0": (None, 1), "TQ2_0": (None, 1), "MXFP4": (None, 1), "NVFP4": (None, 1), "Q1_0": (None, 1),
+    "Q2_0": (None, 1),
     "Q2_K": (256, 1), "Q3_K": (256, 2), "Q4_K": (256, 2), "Q5_K": (256, 2), "IQ4_XS": (256, 2),
     "IQ3_XXS": (256, 2), "IQ3_S": (256, 2), "IQ2_XXS": (256, 1), "IQ2_XS": (256, 1), "IQ2_S": (256, 2),
     "IQ1_S": (256, 2), "IQ1_M": (256, 2),

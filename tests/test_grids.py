@@ -26,11 +26,14 @@ from llmcompress.grids.grid import Grid
 FLOATS = ["F32", "F16", "BF16"]
 BLOCKS = [name for name in GRIDS if name not in FLOATS]
 SEARCHED = [name for name in BLOCKS if name != "Q8_0"]
+NOT_IN_GGUF_PY = ("Q1_0", "Q2_0")  # as of 0.19: ggml alone says what they are
 
 # The relative error of normal weights: what the format's bits can do, and a fifth more.
 TYPICAL_ERROR = {
     "Q4_0": 0.10, "Q4_1": 0.09, "Q5_0": 0.05, "Q5_1": 0.045, "Q8_0": 0.007,
     "Q2_K": 0.36, "Q3_K": 0.21, "Q4_K": 0.09, "Q5_K": 0.045, "Q6_K": 0.025,
+    "IQ4_NL": 0.10, "IQ4_XS": 0.10, "MXFP4": 0.15, "NVFP4": 0.12, "TQ1_0": 0.53, "TQ2_0": 0.53,
+    "Q1_0": 0.72, "Q2_0": 0.40,
     "IQ1_S": 0.52, "IQ1_M": 0.50,
 }  # fmt: skip
 
@@ -101,9 +104,10 @@ def sample_matrices(shared) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize("name", GRIDS)
 def test_size_and_type_are_ggmls(name, ggml):
     grid = GRIDS[name]
-    kind = gguf.GGMLQuantizationType[name]
-    assert grid.ggml_type == kind
-    assert (grid.block, grid.block_bytes) == gguf.GGML_QUANT_SIZES[kind]
+    if name not in NOT_IN_GGUF_PY:
+        assert grid.ggml_type == gguf.GGMLQuantizationType[name]
+        assert (grid.block, grid.block_bytes) == gguf.GGML_QUANT_SIZES[grid.ggml_type]
+    assert grid.block == ggml.lib.ggml_blck_size(grid.ggml_type)
     assert ggml.name(grid.ggml_type).upper() == name
     assert grid.row_bytes(1024) == ggml.lib.ggml_row_size(grid.ggml_type, 1024)
 
@@ -113,12 +117,14 @@ def test_any_bytes_decode_as_in_ggml_and_gguf_py(name, ggml):
     """Every code, scale and float16, NaN and infinity among them."""
     grid = GRIDS[name]
     data = np.random.default_rng(5).integers(0, 256, (64, grid.row_bytes(2048)), dtype=np.uint8)
+    decoded = grid.dequantize(data)
+    assert same_floats(decoded, ggml.dequantize(data, grid.ggml_type, 2048))
+    if name in NOT_IN_GGUF_PY:
+        return
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
         by_gguf = gguf.quants.dequantize(data, gguf.GGMLQuantizationType[name])
-    decoded = grid.dequantize(data)
     assert same_floats(decoded, by_gguf)
-    assert same_floats(decoded, ggml.dequantize(data, grid.ggml_type, 2048))
 
 
 @pytest.mark.parametrize("importance", [None, importance_of(256)], ids=["plain", "importance"])
@@ -142,12 +148,13 @@ def test_zeros_decode_to_zeros(name):
 
 
 @pytest.mark.parametrize("name", BLOCKS)
-def test_scales_beyond_float16_saturate(name):
+def test_scales_beyond_the_largest_saturate(name):
+    """That of float16, or E4M3 for NVFP4."""
     grid = GRIDS[name]
     row = EXTREMES["largest"][None]
     decoded = grid.dequantize(grid.quantize(row))
     assert np.isfinite(decoded).all()
-    assert abs(decoded).max() >= 65504
+    assert abs(decoded).max() >= (6 * 448 if name == "NVFP4" else 65504)
 
 
 # In the others ggml writes an infinite scale, or divides by one that vanishes.
@@ -190,7 +197,7 @@ def test_importance_lowers_the_error_it_weighs(name):
     x, importance = random(6, 64, 1024), importance_of(1024)
     with_it = weighted_error(grid, x, grid.quantize(x, importance), importance)
     without = weighted_error(grid, x, grid.quantize(x), importance)
-    assert with_it < 0.99 * without
+    assert with_it < (0.997 if name == "MXFP4" else 0.99) * without  # MXFP4 has but powers of two to choose from
 
 
 @pytest.mark.parametrize("name", SEARCHED)
@@ -237,7 +244,8 @@ def test_finite_weights_of_any_size(name, seed, exponent, blocks):
         x = np.nan_to_num(random(seed, 3, 256 * blocks) * np.float32(2.0**exponent))
     decoded = grid.dequantize(grid.quantize(x))
     assert np.isfinite(decoded).all()
-    if -10 <= exponent <= 10:
+    # NVFP4's scales reach from 2^-9 to 448, those of the others at least as far as float16.
+    if -3 <= exponent <= 8 or -10 <= exponent <= 10 and name != "NVFP4":
         assert relative_error(x, decoded) < 1.5 * TYPICAL_ERROR[name]
 
 
@@ -253,6 +261,7 @@ def test_powers_of_two_change_nothing_but_the_scale(name, seed, exponent):
 
 RAMP_4 = "00112233445566778899aabbccddeeff"  # two codes to a byte
 RAMP_5 = "0022446688aaccee"
+RAMP_NL = "00111122334455668899bbccddeeeeff"
 RAMP_2 = "00000000" + "55555555" + "aaaaaaaa" + "ffffffff"
 GOLDEN = {
     "Q4_0": "003c" + RAMP_4,
@@ -265,6 +274,14 @@ GOLDEN = {
     "Q4_K": "10242130" + "ff" * 4 + "fe" * 4 + "ef" * 4 + RAMP_4 * 8,
     "Q5_K": "10202130" + "ff" * 4 + "fe" * 4 + "ef" * 4 + ("00" * 8 + "ff" * 8) * 2 + RAMP_5 * 16,
     "Q6_K": "004488cc" * 32 + RAMP_2 * 4 + "80" * 16 + "0098",
+    "IQ4_NL": "ff2b" + RAMP_NL,
+    "IQ4_XS": "ff97" + "00" * 6 + RAMP_NL * 8,
+    "MXFP4": "80" + "eeddddccccbbaa990011223344445555",
+    "NVFP4": "3f" * 4 + "0e1e2d3d4c5b5a69" * 4,
+    "TQ1_0": ("00" * 6 + "80" * 5 + "ff" * 5) * 3 + "10102d36" + "4645",
+    "TQ2_0": ("00" * 6 + "55" * 5 + "aa" * 5) * 4 + "4645",
+    "Q1_0": "0044" + "00ff" * 8,
+    "Q2_0": "4bc4" + "af5a1500" * 4,
     "IQ1_S": "9a37" + "f9fb" * 16 + "fbee" * 8,
     "IQ1_M": "64f5" * 16 + "7b" * 16 + "244924d924892439",
 }

@@ -86,7 +86,6 @@ def compile_quantizer(
                 weigh_plain(x, w)
             else:
                 energy = minimum(lane_energies(energies, source, columns, w) / unit / unit, 1e30)
-                source %= columns
                 gather(relative, source, w, block)
                 weigh(x, w, energy)
             encode(x, w, unit, parts, packed)
@@ -174,16 +173,22 @@ def row_energies(weights):
     flat, sums = weights.reshape(-1), np.empty((1, WIDTH), np.float32)
     energies = np.empty(rows, np.float32)
     for row in range(rows):
-        total = splat(0.0)
-        for j in range(row * columns // WIDTH, (row + 1) * columns // WIDTH):
+        total, more = splat(0.0), splat(0.0)  # two sums, neither of which waits for the other
+        for j in range(row * columns // WIDTH, (row + 1) * columns // WIDTH, 2):
             total = fma(load(flat, j), load(flat, j), total)
-        store(sums, 0, total)
+            more = fma(load(flat, j + 1), load(flat, j + 1), more)
+        store(sums, 0, total + more)
         energies[row] = sums.sum() / np.float32(columns)
     return energies
 
 
 @register_jitable
 def lane_energies(energies, source, columns, scratch):
+    """The energy of each lane's row; `source` becomes the place in it. Rows rise with lanes, so none is divided."""
+    row = source[0] // columns
     for lane in range(WIDTH):
-        scratch[0, lane] = energies[source[lane] // columns]
+        while source[lane] >= (row + 1) * columns:
+            row += 1
+        source[lane] -= row * columns
+        scratch[0, lane] = energies[row]
     return load(scratch, 0)

@@ -124,6 +124,7 @@ def _unary(name: str):
 rint = _unary("rint")  # to nearest, ties to even
 round_away = _unary("round")  # to nearest, ties away from zero: C's roundf
 absolute = _unary("fabs")
+ceil = _unary("ceil")
 sqrt = _unary("sqrt")
 
 
@@ -201,6 +202,18 @@ def power_of_two(typing_context, a):
     return LANES(LANES), lower
 
 
+@intrinsic
+def leading_bits(typing_context, a, shift):
+    """The bits of float32 values, none negative, from bit number `shift` up, as whole numbers."""
+
+    def lower(context, builder, sig, args):
+        distance = context.cast(builder, args[1], sig.args[1], types.int32)
+        bits = builder.lshr(builder.bitcast(args[0], _INTS), _broadcast(builder, distance, _INTS))
+        return builder.sitofp(bits, _FLOATS)
+
+    return LANES(LANES, shift), lower
+
+
 def _index(value: int) -> ir.Constant:
     return ir.Constant(ir.IntType(64), value)
 
@@ -251,6 +264,28 @@ def store_bytes(typing_context, array, i, value):
         return context.get_dummy_value()
 
     return types.void(array, types.int64, LANES), lower
+
+
+@intrinsic
+def lookup(typing_context, table, index):
+    """Entries of an int8 table of sixteen, at whole numbers 0 to 15.
+
+    Written as sixteen single look-ups, which LLVM makes one shuffle of bytes where the CPU has it.
+    """
+    table_kind = ir.VectorType(ir.IntType(8), WIDTH)
+
+    def lower(context, builder, sig, args):
+        entries = builder.load(_element(context, builder, sig.args[0], args[0], _index(0), table_kind), align=1)
+        places = builder.trunc(builder.fptosi(args[1], _INTS), table_kind)
+        places = builder.and_(places, ir.Constant(table_kind, [WIDTH - 1] * WIDTH))
+        found = ir.Constant(table_kind, ir.Undefined)
+        for lane in range(WIDTH):
+            at = ir.Constant(ir.IntType(32), lane)
+            entry = builder.extract_element(entries, builder.extract_element(places, at))
+            found = builder.insert_element(found, entry, at)
+        return builder.sitofp(found, _FLOATS)
+
+    return LANES(table, LANES), lower
 
 
 @intrinsic

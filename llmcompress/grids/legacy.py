@@ -40,13 +40,13 @@ ANY_BASE = 1e30
 
 @register_jitable
 def weigh(x, w, row_energy):
-    for j in range(BLOCK):
+    for j in range(len(x)):
         store(w, j, load(w, j) * sqrt(fma(load(x, j), load(x, j), row_energy)))
 
 
 @register_jitable
 def weigh_plain(x, w):
-    for j in range(BLOCK):
+    for j in range(len(x)):
         store(w, j, splat(1.0))
 
 
@@ -54,7 +54,7 @@ def weigh_plain(x, w):
 def encode_scaled(x, d, low, high):
     """Turn x into its codes less `low`, in place."""
     inverse = inverse_of(d)
-    for j in range(BLOCK):
+    for j in range(len(x)):
         store(x, j, nearest_code(load(x, j) * inverse, low, high) - low)
 
 
