@@ -13,6 +13,7 @@ from typing import Any
 
 from llmcompress.errors import RecipeError, nearest
 from llmcompress.filetypes import TypeOverrides, find_file_type
+from llmcompress.grids.effort import check_effort
 from llmcompress.sizes import parse_size
 
 VERIFY = ("off", "sample", "full")
@@ -30,6 +31,7 @@ class Recipe:
     pure: bool = False
     leave_output_tensor: bool = False
     imatrix: str | None = None
+    effort: str = "normal"  # of the search for scales: fast, normal or best
     pre: str | None = None  # pre-tokenizer by name, where detection fails
     name: str | None = None  # general.name
     split_max_size: int | None = None  # bytes
@@ -45,6 +47,7 @@ class Recipe:
                 find_file_type(name)
         if self.verify not in VERIFY:
             raise RecipeError(f"verify: {self.verify!r} is none of {', '.join(VERIFY)}{nearest(self.verify, VERIFY)}")
+        check_effort(self.effort)
         if self.threads is not None and self.threads < 1:
             raise RecipeError(f"threads: {self.threads} is less than 1")
 

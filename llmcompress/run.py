@@ -174,9 +174,9 @@ def _do_slab(plan: Plan, parts: Parts, journal: Journal, numbered: tuple[int, Sl
     if index in journal.done and journal.done[index] == _sums_there(parts, places, step, slab):
         return slab, {}
     weights = read_slab(plan.checkpoint, step, slab)
-    importance = _importance(plan, step, slab)
+    importance, effort = _importance(plan, step, slab), plan.recipe.effort
     sums = tuple(
-        parts.write(number, place, _position(step, slab, place), weights.encoded(place.grid, importance))
+        parts.write(number, place, _position(step, slab, place), weights.encoded(place.grid, importance, effort))
         for number, place in places
     )
     return slab, {index: sums}

@@ -3,11 +3,11 @@
     python tools/bench_grids.py
     python tools/bench_grids.py --formats Q4_K Q6_K --rows 16 --markdown
 
-Both sides run on one thread, in turns; times are medians of five, of that thread. Cases are normal weights, Student-t
-weights of 4 degrees, and the matrices of a small trained model, each with and without importance. Speed is
-given for each case, error as our weighted squared error over ggml's (tests/objectives.py): of the one
-matrix, or the mean and the worst of many. A format passes where the least of its speeds and the worst
-of its errors meet the bars. ggml is the one in the xllamacpp wheel (tests/llama_cpp.py).
+Both sides run on one thread, in turns; times are medians of five, of that thread. Cases are normal weights,
+Student-t weights of 4 degrees, and the matrices of a small trained model, each with and without importance.
+Speed is given for each case, error as our weighted squared error over ggml's (tests/objectives.py): of the
+one matrix, or the mean and the worst of many. A format passes where the least of its speeds and the
+worst of its errors meet the bars. ggml is the one in the xllamacpp wheel (tests/llama_cpp.py).
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import numpy as np
 from measure import machine
 
 from llmcompress.grids import GRIDS, find_grid
+from llmcompress.grids.effort import EFFORTS
 from llmcompress.grids.floats import to_float32
 from llmcompress.grids.grid import Grid
 from llmcompress.safetensors_header import read_header
@@ -100,14 +101,14 @@ def seconds(work: Callable[[], object]) -> float:
     return (time.thread_time() - started) / count
 
 
-def compare(grid: Grid, ggml: Ggml, case: Case, with_importance: bool) -> Result:
+def compare(grid: Grid, ggml: Ggml, case: Case, with_importance: bool, effort: str) -> Result:
     vectors = [importance_of(matrix) if with_importance else None for matrix in case.matrices]
     ggmls = vectors
     if not with_importance and grid.name in NEEDS_IMPORTANCE:
         ggmls = [np.ones(matrix.shape[1], np.float32) for matrix in case.matrices]
 
     def ours() -> list[np.ndarray]:
-        return [grid.quantize(*pair) for pair in zip(case.matrices, vectors)]
+        return [grid.quantize(x, vector, effort) for x, vector in zip(case.matrices, vectors)]
 
     def theirs() -> list[np.ndarray]:
         return [ggml.quantize(x, grid.ggml_type, vector) for x, vector in zip(case.matrices, ggmls)]
@@ -168,15 +169,18 @@ def main() -> None:
         print_row(["---"] * len(header), markdown=True)
     for name in arguments.formats:
         for weighing in ("plain", "importance"):
-            results = [compare(find_grid(name), ggml, case, weighing == "importance") for case in chosen]
+            given = weighing == "importance"
+            results = [compare(find_grid(name), ggml, case, given, arguments.effort) for case in chosen]
             print_row(cells(name.upper(), weighing, results), arguments.markdown)
 
 
 def parsed() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     known = [name for name in GRIDS if name in BARS]
     parser.add_argument("--formats", nargs="+", default=known, metavar="NAME", help="by default all")
     parser.add_argument("--rows", type=int, default=64, help="rows of each matrix (64)")
+    parser.add_argument("--effort", choices=EFFORTS, default="normal", help="of our search")
     parser.add_argument("--markdown", action="store_true", help="a table for a README")
     return parser.parse_args()
 

@@ -18,6 +18,7 @@ import numpy as np
 from numba import njit
 from numba.extending import register_jitable
 
+from llmcompress.grids.effort import EFFORTS, search_at
 from llmcompress.grids.grid import Grid
 from llmcompress.grids.lanes import (
     WIDTH,
@@ -48,21 +49,30 @@ def searched_grid(
     weigh_plain: Callable,
     encode: Callable,
     decode: Callable,
+    candidates: tuple[np.ndarray, ...] = (),
 ) -> Grid:
-    """The grid made of these functions; see `compile_quantizer` and `compile_dequantizer`."""
-    quantize = compile_quantizer(block, block_bytes, weigh, weigh_plain, encode)
+    """The grid made of these functions; see `compile_quantizer` and `compile_dequantizer`.
+
+    With `candidates` there is a kernel for each effort, and `encode` takes what `search_at` makes of them as
+    one more argument.
+    """
+    searches = {effort: (search_at(effort, candidates),) for effort in EFFORTS} if candidates else {"normal": ()}
+    quantizers = {
+        effort: compile_quantizer(block, block_bytes, weigh, weigh_plain, encode, search)
+        for effort, search in searches.items()
+    }
     dequantize = compile_dequantizer(block, block_bytes, decode)
-    return Grid(name, ggml_type, block, block_bytes, quantize, dequantize)
+    return Grid(name, ggml_type, block, block_bytes, quantizers["normal"], dequantize, quantizers)
 
 
 def compile_quantizer(
-    block: int, block_bytes: int, weigh: Callable, weigh_plain: Callable, encode: Callable
+    block: int, block_bytes: int, weigh: Callable, weigh_plain: Callable, encode: Callable, search: tuple
 ) -> Callable:
     """The quantize kernel of a format, as `Grid` wants it; compiled when first called, then kept on disk.
 
     `weigh(x, w, row_energy)` finds the importance of each weight in `w`, its mean over the row being
     1, and makes it the weight of its error; `row_energy` is the mean square of the whole row, in units
-    of x^2. `weigh_plain(x, w)` does without importance.
+    of x^2. `weigh_plain(x, w)` does without importance. `search` holds what else `encode` takes.
     """
     sources = _SOURCES
 
@@ -88,7 +98,7 @@ def compile_quantizer(
                 energy = minimum(lane_energies(energies, source, columns, w) / unit / unit, 1e30)
                 gather(relative, source, w, block)
                 weigh(x, w, energy)
-            encode(x, w, unit, parts, packed)
+            encode(x, w, unit, parts, packed, *search)
             scatter(flat_out, target, packed, block_bytes)
 
     return quantize
