@@ -67,7 +67,8 @@ FILE_TYPES: dict[str, FileType] = {
 }
 FILE_TYPES |= {alias: FILE_TYPES[f"{alias}_M"] for alias in ("Q3_K", "Q4_K", "Q5_K")}
 
-TENSOR_TYPES = {file_type.default for file_type in FILE_TYPES.values()}
+# NVFP4 has no file type of its own.
+TENSOR_TYPES = {file_type.default for file_type in FILE_TYPES.values()} | {"NVFP4"}
 FLOATS = ("F32", "F16", "BF16")
 
 

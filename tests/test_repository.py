@@ -27,7 +27,7 @@ LAYERS = [
     {"gguf"},
     {"hub", "safetensors_header", "torch_pickle", "torch_zip", "checkpoint"},
     {"grids", "mix", "filetypes", "inspect"},
-    {"recipe", "step"},
+    {"recipe", "step", "arrays"},
     {"output"},
     {"plan"},
     {"slab", "journal", "verify", "report", "run"},

@@ -12,16 +12,15 @@ from numba.extending import register_jitable
 from llmcompress.grids.block_loop import searched_grid
 from llmcompress.grids.floats import read_half
 from llmcompress.grids.lanes import absolute, fma, load, select, splat, store_bytes
-from llmcompress.grids.legacy import encode_scaled, weigh, weigh_plain
-from llmcompress.grids.rounding import divide, round_to_half, store_half
+from llmcompress.grids.legacy import weigh, weigh_plain
+from llmcompress.grids.rounding import divide, inverse_of, nearest_code, round_to_half, store_half
 from llmcompress.grids.scale_search import fit_scaled
 
 BLOCK_1, BLOCK_2 = 128, 64
 
 # The codes of Q2_0, not whole, that the weight largest in size is laid upon. The first leaves weights of three
 # levels exact.
-TOPS = np.array([-1.4, 1.8, 2.5, -2.4], np.float32)
-ROUNDS = 1
+TOPS = np.array([-1.4, 2.2, -2.2], np.float32)
 
 
 # bytes 0-1: d | 2-17: bit n of byte 2 + k is set where weight 8 k + n is not negative
@@ -48,15 +47,16 @@ def decode_q1_0(data, values):
 
 # bytes 0-1: d | 2-17: codes + 1, four to a byte, the first in bits 0-1
 @register_jitable
-def encode_q2_0(x, w, unit, parts, packed):
-    d, _ = fit_scaled(x, w, 0, BLOCK_2, -1.0, 2.0, TOPS, ROUNDS)
+def encode_q2_0(x, w, unit, parts, packed, search):
+    tops, rounds = search
+    d, _ = fit_scaled(x, w, 0, BLOCK_2, -1.0, 2.0, tops, rounds)
     d = round_to_half(d * unit)
-    encode_scaled(x, d / unit, -1.0, 2.0)
     store_half(packed, 0, d)
+    inverse = inverse_of(d / unit)
     for k in range(BLOCK_2 // 4):
-        byte = splat(0.0)
+        byte = splat(85.0)  # codes of zero
         for n in range(4):
-            byte = fma(load(x, 4 * k + n), np.float32(1 << (2 * n)), byte)
+            byte = fma(nearest_code(load(x, 4 * k + n) * inverse, -1.0, 2.0), np.float32(1 << (2 * n)), byte)
         store_bytes(packed, 2 + k, byte)
 
 
@@ -69,4 +69,4 @@ def decode_q2_0(data, values):
 
 
 Q1_0 = searched_grid("Q1_0", 41, BLOCK_1, 18, weigh, weigh_plain, encode_q1_0, decode_q1_0)
-Q2_0 = searched_grid("Q2_0", 42, BLOCK_2, 18, weigh, weigh_plain, encode_q2_0, decode_q2_0)
+Q2_0 = searched_grid("Q2_0", 42, BLOCK_2, 18, weigh, weigh_plain, encode_q2_0, decode_q2_0, (TOPS,))

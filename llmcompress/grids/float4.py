@@ -36,7 +36,7 @@ DOUBLED = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], np
 
 # Powers of two over that of the largest weight, ggml's first; and the largest weight over the scale.
 STEPS_MX = np.array([0.25, 0.5, 0.125], np.float32)
-TOPS_NV = np.array([6.0, 5.6, 5.2, 4.8, 4.4, 4.0, 3.6, 6.4, 6.8, 7.4], np.float32)
+TOPS_NV = np.array([3.6, 4.0, 4.4, 4.8, 5.2, 5.6, 6.0, 6.4, 6.8, 7.4], np.float32)
 LEAST_E4M3, MOST_E4M3 = 2.0**-9, 448.0
 
 
@@ -107,13 +107,13 @@ def e4m3_bits(value):
 
 
 @register_jitable
-def fit_e4m3(x, w, start, unit):
+def fit_e4m3(x, w, start, unit, tops):
     """The scale of 16 weights, in the units of the source."""
     least, most = extent(x, start, SIZE_NV)
     largest = maximum(most, -least) * unit
     best_gain, best = splat(0.0), splat(0.0)
-    for k in range(len(TOPS_NV)):
-        d = round_to_e4m3(largest / TOPS_NV[k])
+    for k in range(len(tops)):
+        d = round_to_e4m3(largest / tops[k])
         gain = fit_gain(x, w, start, SIZE_NV, d / unit)
         better = gain > best_gain
         best_gain, best = select(better, gain, best_gain), select(better, d, best)
@@ -122,9 +122,10 @@ def fit_e4m3(x, w, start, unit):
 
 # bytes 0-3: scales | 4 + 8 b + j, j < 8: codes 16 b + j (bits 0-3) and 16 b + 8 + j (bits 4-7)
 @register_jitable
-def encode_nvfp4(x, w, unit, parts, packed):
+def encode_nvfp4(x, w, unit, parts, packed, search):
+    tops, _ = search
     for b in range(BLOCK_NV // SIZE_NV):
-        d = fit_e4m3(x, w, b * SIZE_NV, unit)
+        d = fit_e4m3(x, w, b * SIZE_NV, unit, tops)
         store_bytes(packed, b, e4m3_bits(d))
         encode_sizes(x, b * SIZE_NV, SIZE_NV, d / unit)
         for j in range(8):
@@ -154,4 +155,4 @@ def decode_nvfp4(data, values):
 
 
 MXFP4 = searched_grid("MXFP4", 39, BLOCK_MX, 17, weigh, weigh_plain, encode_mxfp4, decode_mxfp4)
-NVFP4 = searched_grid("NVFP4", 40, BLOCK_NV, 36, weigh, weigh_plain, encode_nvfp4, decode_nvfp4)
+NVFP4 = searched_grid("NVFP4", 40, BLOCK_NV, 36, weigh, weigh_plain, encode_nvfp4, decode_nvfp4, (TOPS_NV,))

@@ -39,7 +39,6 @@ NEXT_LEVELS = np.append(LEVELS[1:], np.int8(113))
 
 # Where the search lays the value largest in size, in units of the levels; found by trial.
 TOPS = np.array([-145, -139, -133, -127, -121, -115, -109, 98, 103, 108, 113, 118, 123, 128], np.float32)
-ROUNDS = 2
 
 
 @register_jitable
@@ -92,13 +91,13 @@ def level_sums(x, w, start, step):
 
 
 @register_jitable
-def fit_levels(x, w, start):
+def fit_levels(x, w, start, tops, rounds):
     """The step of x = step l with levels l, as `fit_scaled` finds that of whole numbers; and the sum of w l^2."""
     least, most = extent(x, start, SIZE)
     extreme = select(most > -least, most, least)
     best_gain, best, curvature = splat(0.0), splat(0.0), splat(0.0)
-    for k in range(len(TOPS) + ROUNDS):
-        step = extreme / TOPS[k] if k < len(TOPS) else best
+    for k in range(len(tops) + rounds):
+        step = extreme / tops[k] if k < len(tops) else best
         sum_xl, sum_ll = level_sums(x, w, start, step)
         fitted = divide(sum_xl, sum_ll)
         gain = fitted * sum_xl
@@ -137,8 +136,9 @@ def encode_levels(x, start, step):
 
 # bytes 0-1: d | 2-17: codes
 @register_jitable
-def encode_iq4_nl(x, w, unit, parts, packed):
-    d, _ = fit_levels(x, w, 0)
+def encode_iq4_nl(x, w, unit, parts, packed, search):
+    tops, rounds = search
+    d, _ = fit_levels(x, w, 0, tops, rounds)
     d = round_to_half(d * unit)
     encode_levels(x, 0, d / unit)
     store_half(packed, 0, d)
@@ -170,16 +170,17 @@ def pack_scales(scales, packed, i):
 
 # bytes 0-1: d | 2-3: bits 4-5 of scales + 32 | 4-7: bits 0-3 | 8-135: codes
 @register_jitable
-def encode_iq4_xs(x, w, unit, parts, packed):
+def encode_iq4_xs(x, w, unit, parts, packed, search):
+    tops, scale_tops, rounds = search
     scales, weights = parts[0], parts[1]
     for b in range(BLOCK_XS // SIZE):
-        step, curvature = fit_levels(x, w, b * SIZE)
+        step, curvature = fit_levels(x, w, b * SIZE, tops, rounds)
         store(scales, b, step)
         store(weights, b, curvature)
-    d, _ = fit_scaled(scales, weights, 0, BLOCK_XS // SIZE, -32.0, 31.0, SCALE_TOPS_Q3_K, 1)
+    d, _ = fit_scaled(scales, weights, 0, BLOCK_XS // SIZE, -32.0, 31.0, scale_tops, 1)
     d = round_to_half(d * unit)
     round_scales(scales, BLOCK_XS // SIZE, d / unit, -32.0, 31.0)
-    for _ in range(2):
+    for _ in range(rounds + 1):
         d = round_to_half(refine_levels(x, w, scales, d / unit) * unit)
     for b in range(BLOCK_XS // SIZE):
         encode_levels(x, b * SIZE, d / unit * load(scales, b))
@@ -198,5 +199,7 @@ def decode_iq4_xs(data, values):
             values[SIZE * b + j] = step * np.float32(LEVELS[low_bits(data, 8 + 16 * b, j)])
 
 
-IQ4_NL = searched_grid("IQ4_NL", 20, BLOCK_NL, 18, weigh, weigh_by_square, encode_iq4_nl, decode_iq4_nl)
-IQ4_XS = searched_grid("IQ4_XS", 23, BLOCK_XS, 136, weigh, weigh_by_square, encode_iq4_xs, decode_iq4_xs)
+IQ4_NL = searched_grid("IQ4_NL", 20, BLOCK_NL, 18, weigh, weigh_by_square, encode_iq4_nl, decode_iq4_nl, (TOPS,))
+IQ4_XS = searched_grid(
+    "IQ4_XS", 23, BLOCK_XS, 136, weigh, weigh_by_square, encode_iq4_xs, decode_iq4_xs, (TOPS, SCALE_TOPS_Q3_K)
+)

@@ -21,9 +21,8 @@ from llmcompress.grids.scale_search import extent
 
 BLOCK = 256
 
-# The weight largest in size over the scales tried; a round of refinement does the rest.
+# The weight largest in size over the scales tried.
 TOPS = np.array([1.4, 2.4, 4.5], np.float32)
-ROUNDS = 1
 
 
 @register_jitable
@@ -40,13 +39,13 @@ def trit_sums(x, w, cut):
 
 
 @register_jitable
-def fit_trits(x, w):
+def fit_trits(x, w, tops, rounds):
     """The d of x = d c with codes c of -1, 0 and 1. Weights beyond d / 2 are those with a code."""
     least, most = extent(x, 0, BLOCK)
     largest = maximum(most, -least)
     best_gain, best = splat(0.0), splat(0.0)
-    for k in range(len(TOPS) + ROUNDS):
-        d = largest / TOPS[k] if k < len(TOPS) else best
+    for k in range(len(tops) + rounds):
+        d = largest / tops[k] if k < len(tops) else best
         sum_x, sum_w = trit_sums(x, w, d * 0.5)
         fitted = divide(sum_x, sum_w)
         gain = fitted * sum_x
@@ -56,9 +55,10 @@ def fit_trits(x, w):
 
 
 @register_jitable
-def encode_trits(x, w, unit):
+def encode_trits(x, w, unit, search):
     """Turn x into codes 0, 1, 2, in place. Returns d."""
-    d = round_to_half(fit_trits(x, w) * unit)
+    tops, rounds = search
+    d = round_to_half(fit_trits(x, w, tops, rounds) * unit)
     encode_scaled(x, d / unit, -1.0, 1.0)
     return d
 
@@ -93,8 +93,8 @@ def unpack_trits(data, values, d, i, first, run, count):
 
 # bytes 0-31: codes 0-159, five to a byte | 32-47: 160-239, five | 48-51: 240-255, four | 52-53: d
 @register_jitable
-def encode_tq1_0(x, w, unit, parts, packed):
-    d = encode_trits(x, w, unit)
+def encode_tq1_0(x, w, unit, parts, packed, search):
+    d = encode_trits(x, w, unit, search)
     pack_trits(x, packed, 0, 0, 32, 5)
     pack_trits(x, packed, 32, 160, 16, 5)
     pack_trits(x, packed, 48, 240, 4, 4)
@@ -111,8 +111,8 @@ def decode_tq1_0(data, values):
 
 # bytes 0-63: codes | 64-65: d
 @register_jitable
-def encode_tq2_0(x, w, unit, parts, packed):
-    d = encode_trits(x, w, unit)
+def encode_tq2_0(x, w, unit, parts, packed, search):
+    d = encode_trits(x, w, unit, search)
     pack_crumbs(x, packed, 0)
     store_half(packed, 64, d)
 
@@ -125,5 +125,5 @@ def decode_tq2_0(data, values):
         values[j] = np.float32(np.int32(code) - 1) * d
 
 
-TQ1_0 = searched_grid("TQ1_0", 34, BLOCK, 54, weigh, weigh_plain, encode_tq1_0, decode_tq1_0)
-TQ2_0 = searched_grid("TQ2_0", 35, BLOCK, 66, weigh, weigh_plain, encode_tq2_0, decode_tq2_0)
+TQ1_0 = searched_grid("TQ1_0", 34, BLOCK, 54, weigh, weigh_plain, encode_tq1_0, decode_tq1_0, (TOPS,))
+TQ2_0 = searched_grid("TQ2_0", 35, BLOCK, 66, weigh, weigh_plain, encode_tq2_0, decode_tq2_0, (TOPS,))
