@@ -17,6 +17,7 @@ from llmcompress.grids.effort import check_effort
 from llmcompress.sizes import parse_size
 
 VERIFY = ("off", "sample", "full")
+FALLBACKS = ("llama.cpp", "best")
 DEFAULT_MAX_RAM = 512 * 2**20
 
 
@@ -30,6 +31,7 @@ class Recipe:
     token_embedding_type: str | None = None
     pure: bool = False
     leave_output_tensor: bool = False
+    fallback: str = "llama.cpp"  # types for rows that do not divide: its own, or "best" by measure
     imatrix: str | None = None
     effort: str = "normal"  # of the search for scales: fast, normal or best
     pre: str | None = None  # pre-tokenizer by name, where detection fails
@@ -47,6 +49,9 @@ class Recipe:
                 find_file_type(name)
         if self.verify not in VERIFY:
             raise RecipeError(f"verify: {self.verify!r} is none of {', '.join(VERIFY)}{nearest(self.verify, VERIFY)}")
+        if self.fallback not in FALLBACKS:
+            hint = nearest(self.fallback, FALLBACKS)
+            raise RecipeError(f"fallback: {self.fallback!r} is none of {', '.join(FALLBACKS)}{hint}")
         check_effort(self.effort)
         if self.threads is not None and self.threads < 1:
             raise RecipeError(f"threads: {self.threads} is less than 1")

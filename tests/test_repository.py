@@ -30,7 +30,7 @@ LAYERS = [
     {"recipe", "step", "arrays"},
     {"output"},
     {"plan"},
-    {"slab", "journal", "verify", "report", "run"},
+    {"slab", "journal", "verify", "report", "run", "fallback"},
     {"converters"},
     {"display"},
     {"cli", "__main__"},
