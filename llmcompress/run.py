@@ -18,6 +18,8 @@ from pathlib import Path
 import numpy as np
 
 from llmcompress.errors import GGUFError, RunError
+from llmcompress.grids.compiling import prepare_kernels
+from llmcompress.grids.grid import Grid
 from llmcompress.journal import Journal, Sums, cannot_be_written, lock, sync
 from llmcompress.parallel import in_parallel
 from llmcompress.output import OutputFile, Placement, part_path
@@ -54,6 +56,7 @@ def run(plan: Plan, progress: Progress | None = None) -> Result:
 def _write_and_check(plan: Plan, journal: Journal, progress: Progress) -> int:
     """From headers to renamed files; returns how many slabs an earlier run had written."""
     check_disk(plan)
+    prepare_kernels(kernel_uses(plan), plan.recipe.effort, progress.say)
     with Parts(plan, fresh=not journal.done) as parts:
         try:
             kept = _write_slabs(plan, parts, journal, progress)
@@ -65,6 +68,13 @@ def _write_and_check(plan: Plan, journal: Journal, progress: Progress) -> int:
         journal.finish([(*place, *astuple(fidelity)) for place, fidelity in measured.items()])
         _rename(plan)
     return kept
+
+
+def kernel_uses(plan: Plan) -> set[tuple[Grid, bool]]:
+    """The grids of a plan, each with importance or without."""
+    pairs = ((place.grid, step.name in plan.importance)
+             for output in plan.outputs for step, place in zip(plan.steps, output.placements))  # fmt: skip
+    return set(pairs)
 
 
 class Parts:
