@@ -214,6 +214,17 @@ def leading_bits(typing_context, a, shift):
     return LANES(LANES, shift), lower
 
 
+@intrinsic
+def number_of(typing_context, a):
+    """The numbers that `tagged` put in."""
+
+    def lower(context, builder, sig, args):
+        bits = builder.and_(builder.bitcast(args[0], _INTS), _constant(_INTS, 127))
+        return builder.sitofp(bits, _FLOATS)
+
+    return LANES(LANES), lower
+
+
 def _index(value: int) -> ir.Constant:
     return ir.Constant(ir.IntType(64), value)
 
@@ -334,6 +345,27 @@ def half_bits(typing_context, a):
         return builder.sitofp(builder.or_(half, sign), _FLOATS)
 
     return LANES(LANES), lower
+
+
+# For intrinsics that write straight code of many lanes themselves.
+def repeated(value: float) -> ir.Constant:
+    return _constant(_FLOATS, value)
+
+
+def load_row(context, builder, array_type, array, k: int):
+    """Lanes number k of a contiguous float32 array."""
+    place = _element(context, builder, array_type, array, _index(WIDTH * k), _FLOATS)
+    return builder.load(place, align=4)
+
+
+def store_row(context, builder, array_type, array, k: int, value) -> None:
+    builder.store(value, _element(context, builder, array_type, array, _index(WIDTH * k), _FLOATS), align=4)
+
+
+def tagged(builder, value, number: int):
+    """Lanes with `number`, 0 to 127, in place of their last seven bits; see `number_of`."""
+    bits = builder.and_(builder.bitcast(value, _INTS), _constant(_INTS, -128))
+    return builder.bitcast(builder.or_(bits, _constant(_INTS, number)), _FLOATS)
 
 
 def _transposition(to_rows: bool):
