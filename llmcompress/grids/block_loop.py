@@ -24,15 +24,14 @@ from llmcompress.grids.lanes import (
     WIDTH,
     absolute,
     fma,
-    from_lanes,
     load,
     maximum,
     minimum,
     power_of_two,
     splat,
     store,
-    to_lanes,
 )
+from llmcompress.grids.transpose import from_lanes, to_lanes
 
 # Numba's disk cache looks for changes only in the file a kernel stands in. Held in the closure of every
 # kernel, this makes it look at the files of the functions called from there as well.
