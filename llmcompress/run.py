@@ -41,6 +41,7 @@ def run(plan: Plan, progress: Progress | None = None) -> Result:
     """
     progress = progress or Progress()
     started = time.monotonic()
+    prepare_kernels(kernel_uses(plan), plan.recipe.effort, progress.say)
     first = plan.files[0].path
     with Journal(first.with_name(first.name + ".journal"), plan.fingerprint()) as journal:
         if journal.checked is None or not all(_is_whole(file) for file in plan.files):
@@ -56,7 +57,6 @@ def run(plan: Plan, progress: Progress | None = None) -> Result:
 def _write_and_check(plan: Plan, journal: Journal, progress: Progress) -> int:
     """From headers to renamed files; returns how many slabs an earlier run had written."""
     check_disk(plan)
-    prepare_kernels(kernel_uses(plan), plan.recipe.effort, progress.say)
     with Parts(plan, fresh=not journal.done) as parts:
         try:
             kept = _write_slabs(plan, parts, journal, progress)

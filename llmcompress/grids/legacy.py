@@ -36,6 +36,12 @@ ENDS_4 = np.array([(a, b) for a in (-0.7, -0.2, 0.2, 0.6) for b in (14.5, 14.9, 
 ENDS_5 = np.array([(a, b) for a in (-0.7, -0.2, 0.2, 0.6) for b in (30.5, 30.9, 31.3, 31.7)], np.float32)
 ANY_BASE = 1e30
 
+# Without importance llama.cpp takes the range as it is, in no time. These few keep up with it.
+PLAIN_TOPS_4 = np.array([-8.0, 7.2], np.float32)
+PLAIN_TOPS_5 = np.array([-16.0, 15.3], np.float32)
+PLAIN_ENDS_4 = np.array([(0.0, 15.0)], np.float32)
+PLAIN_ENDS_5 = np.array([(0.0, 30.0), (0.0, 31.0)], np.float32)
+
 
 @register_jitable
 def weigh(x, w, row_energy):
@@ -197,10 +203,18 @@ def decode_q8_0(data, values):
         values[j] = d * np.float32(np.int8(data[2 + j]))
 
 
-Q4_0 = searched_grid("Q4_0", 2, BLOCK, 18, weigh, weigh_plain, encode_q4_0, decode_q4_0, (TOPS_4,))
-Q4_1 = searched_grid("Q4_1", 3, BLOCK, 20, weigh, weigh_plain, encode_q4_1, decode_q4_1, (ENDS_4,))
-Q5_0 = searched_grid("Q5_0", 6, BLOCK, 22, weigh, weigh_plain, encode_q5_0, decode_q5_0, (TOPS_5,))
-Q5_1 = searched_grid("Q5_1", 7, BLOCK, 24, weigh, weigh_plain, encode_q5_1, decode_q5_1, (ENDS_5,))
+Q4_0 = searched_grid(
+    "Q4_0", 2, BLOCK, 18, weigh, weigh_plain, encode_q4_0, decode_q4_0, (TOPS_4,), (PLAIN_TOPS_4,)
+)
+Q4_1 = searched_grid(
+    "Q4_1", 3, BLOCK, 20, weigh, weigh_plain, encode_q4_1, decode_q4_1, (ENDS_4,), (PLAIN_ENDS_4,)
+)
+Q5_0 = searched_grid(
+    "Q5_0", 6, BLOCK, 22, weigh, weigh_plain, encode_q5_0, decode_q5_0, (TOPS_5,), (PLAIN_TOPS_5,)
+)
+Q5_1 = searched_grid(
+    "Q5_1", 7, BLOCK, 24, weigh, weigh_plain, encode_q5_1, decode_q5_1, (ENDS_5,), (PLAIN_ENDS_5,)
+)
 _quantize_q8_0 = compile_plain_quantizer(34, encode_q8_0)
 _dequantize_q8_0 = compile_dequantizer(BLOCK, 34, decode_q8_0)
 Q8_0 = Grid("Q8_0", 8, BLOCK, 34, _quantize_q8_0, _dequantize_q8_0)
