@@ -10,6 +10,7 @@ from llmcompress.converters.config import Config
 from llmcompress.converters.families import find_architecture
 from llmcompress.converters.metadata import general_metadata
 from llmcompress.converters.tokenizer import read_vocabulary
+from llmcompress.fallback import MeasuredFallback
 from llmcompress.filetypes import tensor_order
 from llmcompress.gguf.imatrix import read_imatrix
 from llmcompress.mix import ModelTraits
@@ -44,6 +45,7 @@ def plan_gguf(model: str | Path, out: str | Path, recipe: Recipe) -> Plan:
         general | architecture.metadata(config) | vocabulary.metadata(),
         read_imatrix(Path(recipe.imatrix)) if recipe.imatrix else None,
         [*notes, *vocabulary.notes, *more_notes, *card_notes],
+        MeasuredFallback(checkpoint, recipe.effort) if recipe.fallback == "best" else None,
     )
 
 

@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from llmcompress.arrays import dequantize_array, quantize_array
     from llmcompress.progress import Progress
     from llmcompress.report import Result
 
 __version__ = "0.1.0"
-__all__ = ["quantize"]
+__all__ = ["dequantize_array", "quantize", "quantize_array"]
 
 
 def quantize(
@@ -37,3 +38,12 @@ def quantize(
     plan = plan_gguf(model, out, recipe)
     with plan.checkpoint:
         return run(plan, progress)
+
+
+def __getattr__(name: str):
+    """The functions of `arrays`, which is imported when one of them is first wanted: it brings Numba."""
+    if name in ("dequantize_array", "quantize_array"):
+        from llmcompress import arrays
+
+        return getattr(arrays, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -32,7 +32,9 @@ OutputType = Annotated[Optional[str], typer.Option("--output-tensor-type", metav
 EmbeddingType = Annotated[Optional[str], typer.Option("--token-embedding-type", metavar="TYPE", help="Type of token_embd.weight.")]
 Pure = Annotated[bool, typer.Option("--pure", help="One type for all tensors, no mix.")]
 LeaveOutput = Annotated[bool, typer.Option("--leave-output-tensor", help="Keep output.weight as the checkpoint has it.")]
+Fallback = Annotated[Optional[str], typer.Option("--fallback", metavar="WHOSE", help="Types for rows that do not divide into blocks: llama.cpp's, or the best measured.  [default: llama.cpp]")]
 Imatrix = Annotated[Optional[str], typer.Option("--imatrix", metavar="FILE", help="Importance matrix: a GGUF or .dat by llama-imatrix.")]
+Effort = Annotated[Optional[str], typer.Option("--effort", metavar="EFFORT", help="How long to search for the best scales: fast, normal or best.  [default: normal]")]
 Pre = Annotated[Optional[str], typer.Option("--pre", metavar="NAME", help="Name of the pre-tokenizer, where it cannot be found.")]
 Name = Annotated[Optional[str], typer.Option("--name", metavar="NAME", help="The model's name in the file (general.name).")]
 Split = Annotated[Optional[str], typer.Option("--split-max-size", metavar="SIZE", help="Write shards of at most this size, such as 4G.")]
@@ -77,16 +79,18 @@ def job(name: str, summary: str, types: tuple[str, ...], allowed: tuple[str, ...
     def command(
         model: Model, out: Out = "{name}-{type}.gguf", type: Types = None, tensor_type: TensorTypes = None,
         output_tensor_type: OutputType = None, token_embedding_type: EmbeddingType = None, pure: Pure = False,
-        leave_output_tensor: LeaveOutput = False, imatrix: Imatrix = None, pre: Pre = None, model_name: Name = None,
-        split_max_size: Split = None, max_ram: MaxRam = None, threads: Threads = None, verify: Verify = None,
-        recipe: RecipeFile = None, as_json: AsJson = False, dry_run: DryRun = False,
+        leave_output_tensor: LeaveOutput = False, fallback: Fallback = None, imatrix: Imatrix = None,
+        effort: Effort = None, pre: Pre = None, model_name: Name = None, split_max_size: Split = None,
+        max_ram: MaxRam = None, threads: Threads = None, verify: Verify = None, recipe: RecipeFile = None,
+        as_json: AsJson = False, dry_run: DryRun = False,
     ) -> None:  # fmt: skip
         flags = {
             "types": [part for given in type for part in given.split(",")] if type else None,
             "tensor_types": _pairs(tensor_type) if tensor_type else None, "output_tensor_type": output_tensor_type,
             "token_embedding_type": token_embedding_type, "pure": pure or None,
-            "leave_output_tensor": leave_output_tensor or None, "imatrix": imatrix, "pre": pre, "name": model_name,
-            "split_max_size": split_max_size, "max_ram": max_ram, "threads": threads, "verify": verify,
+            "leave_output_tensor": leave_output_tensor or None, "fallback": fallback, "imatrix": imatrix,
+            "effort": effort, "pre": pre, "name": model_name, "split_max_size": split_max_size, "max_ram": max_ram,
+            "threads": threads, "verify": verify,
         }  # fmt: skip
         merged = _recipe(recipe, {key: value for key, value in flags.items() if value is not None}, types)
         for given in merged.types:

@@ -54,6 +54,9 @@ class Bar(Progress):
     def advance(self, count: int) -> None:
         self._bar.advance(self._task, count)
 
+    def say(self, line: str) -> None:
+        _err.print(line, soft_wrap=True)
+
     def close(self) -> None:
         self._bar.stop()
 
@@ -77,7 +80,10 @@ class Log(Progress):
         rate = self._done / max(now - self._began, 1e-6)
         left = (self._total - self._done) / rate
         line = f"{self._phase}: {format_size(self._done)} of {format_size(self._total)}, {format_size(rate)}/s"
-        _err.print(line + (f", {left:.0f} s left" if self._done < self._total else ""), soft_wrap=True)
+        self.say(line + (f", {left:.0f} s left" if self._done < self._total else ""))
+
+    def say(self, line: str) -> None:
+        _err.print(line, soft_wrap=True)
 
 
 def show_plan(plan: Plan) -> None:

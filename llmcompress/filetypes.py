@@ -67,7 +67,8 @@ FILE_TYPES: dict[str, FileType] = {
 }
 FILE_TYPES |= {alias: FILE_TYPES[f"{alias}_M"] for alias in ("Q3_K", "Q4_K", "Q5_K")}
 
-TENSOR_TYPES = {file_type.default for file_type in FILE_TYPES.values()}
+# NVFP4 has no file type of its own.
+TENSOR_TYPES = {file_type.default for file_type in FILE_TYPES.values()} | {"NVFP4"}
 FLOATS = ("F32", "F16", "BF16")
 
 
@@ -91,6 +92,7 @@ class TypeChoice:
     type: str  # ggml's name: "Q4_K"
     reason: str
     imatrix_required: bool = False
+    instead_of: str | None = None  # the type whose blocks the rows do not divide into
 
 
 def find_file_type(name: str) -> FileType:
@@ -210,9 +212,9 @@ class Chooser:
         rule = self.rules.find(name) if self._rules_apply(name, role) else None
         if rule is None and role in self.direct:
             return self._checked(name, shape, *self.direct[role])
-        kind, reason = rule or self._without_rule(name, role, shape)
-        kind, reason = with_fallback(name, shape, kind, reason)
-        return TypeChoice(kind, reason, self._needs_imatrix(role, kind))
+        wanted, reason = rule or self._without_rule(name, role, shape)
+        kind, reason = with_fallback(name, shape, wanted, reason)
+        return TypeChoice(kind, reason, self._needs_imatrix(role, kind), wanted if kind != wanted else None)
 
     def _reason_to_keep(self, name: str, shape: tuple[int, ...]) -> str | None:
         """What the tensor is, if it is one of those that are never quantized."""

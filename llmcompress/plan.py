@@ -1,13 +1,14 @@
 """What a job will do to every tensor, decided from headers alone.
 
-A plan is data: no weight has been read when it is complete, and everything that can be refused has been.
+A plan is data: no weight has been read when it is complete (but for the rows that --fallback best measures),
+and everything that can be refused has been.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from llmcompress.step import Slab, Step, slab_rows, slabs_of, stored_type
 
 SLAB_WEIGHTS = 2**19  # large enough to hide Python's cost, small enough to stay in a core's cache
 BYTES_PER_SLAB_WEIGHT = 16  # raw, rearranged, float32 and encoded copies of a weight that are alive at once
+Refine = Callable[[Step, TypeChoice, "np.ndarray | None"], TypeChoice]
 FIXED_RAM = 160 * 2**20  # vocabulary, headers, plan and compiled kernels
 
 
@@ -81,10 +83,12 @@ def make_plan(
     metadata: Metadata,
     imatrix: ImportanceMatrix | None = None,
     notes: Sequence[str] = (),
+    refine: Refine | None = None,
 ) -> Plan:
     """Decide type, bytes and offset of every tensor for every file type of the recipe.
 
-    `steps` come in the file's order; `metadata` is all that does not depend on the file type. Raises
+    `steps` come in the file's order; `metadata` is all that does not depend on the file type; `refine`
+    may change a choice, and get a tensor's importance `(matrices, columns)` to do so. Raises
     PlanError for types without a kernel, missing importance, clashing outputs or too little memory.
     """
     importance, more_notes = _importance(steps, imatrix)
@@ -92,6 +96,8 @@ def make_plan(
     tensors = [(step.name, step.shape, stored_type(step)) for step in steps]
     choices = {file_type: choose_types(file_type, tensors, traits, recipe.overrides) for file_type in file_types}
     for file_type, chosen in choices.items():
+        if refine:
+            chosen[:] = (refine(step, choice, importance.get(step.name)) for step, choice in zip(steps, chosen))
         _check_importance(file_type, steps, chosen, importance)
     paths = output_paths(out, checkpoint.name, file_types)
     outputs = [

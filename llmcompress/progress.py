@@ -12,5 +12,8 @@ class Progress:
     def advance(self, count: int) -> None:
         """`count` more bytes are done."""
 
+    def say(self, line: str) -> None:
+        """Something worth knowing, in one line."""
+
     def close(self) -> None:
         """The job is over, well or not."""

@@ -13,9 +13,11 @@ from typing import Any
 
 from llmcompress.errors import RecipeError, nearest
 from llmcompress.filetypes import TypeOverrides, find_file_type
+from llmcompress.grids.effort import check_effort
 from llmcompress.sizes import parse_size
 
 VERIFY = ("off", "sample", "full")
+FALLBACKS = ("llama.cpp", "best")
 DEFAULT_MAX_RAM = 512 * 2**20
 
 
@@ -29,7 +31,9 @@ class Recipe:
     token_embedding_type: str | None = None
     pure: bool = False
     leave_output_tensor: bool = False
+    fallback: str = "llama.cpp"  # types for rows that do not divide: its own, or "best" by measure
     imatrix: str | None = None
+    effort: str = "normal"  # of the search for scales: fast, normal or best
     pre: str | None = None  # pre-tokenizer by name, where detection fails
     name: str | None = None  # general.name
     split_max_size: int | None = None  # bytes
@@ -45,6 +49,10 @@ class Recipe:
                 find_file_type(name)
         if self.verify not in VERIFY:
             raise RecipeError(f"verify: {self.verify!r} is none of {', '.join(VERIFY)}{nearest(self.verify, VERIFY)}")
+        if self.fallback not in FALLBACKS:
+            hint = nearest(self.fallback, FALLBACKS)
+            raise RecipeError(f"fallback: {self.fallback!r} is none of {', '.join(FALLBACKS)}{hint}")
+        check_effort(self.effort)
         if self.threads is not None and self.threads < 1:
             raise RecipeError(f"threads: {self.threads} is less than 1")
 

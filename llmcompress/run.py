@@ -18,6 +18,8 @@ from pathlib import Path
 import numpy as np
 
 from llmcompress.errors import GGUFError, RunError
+from llmcompress.grids.compiling import prepare_kernels
+from llmcompress.grids.grid import Grid
 from llmcompress.journal import Journal, Sums, cannot_be_written, open_locked, sync
 from llmcompress.parallel import in_parallel
 from llmcompress.output import OutputFile, Placement, part_path
@@ -39,6 +41,7 @@ def run(plan: Plan, progress: Progress | None = None) -> Result:
     """
     progress = progress or Progress()
     started = time.monotonic()
+    prepare_kernels(kernel_uses(plan), plan.recipe.effort, progress.say)
     first = plan.files[0].path
     with Journal(first.with_name(first.name + ".journal"), plan.fingerprint()) as journal:
         if journal.checked is None or not all(_is_whole(file) for file in plan.files):
@@ -65,6 +68,13 @@ def _write_and_check(plan: Plan, journal: Journal, progress: Progress) -> int:
         journal.finish([(*place, *astuple(fidelity)) for place, fidelity in measured.items()])
         _rename(plan)
     return kept
+
+
+def kernel_uses(plan: Plan) -> set[tuple[Grid, bool]]:
+    """The grids of a plan, each with importance or without."""
+    pairs = ((place.grid, step.name in plan.importance)
+             for output in plan.outputs for step, place in zip(plan.steps, output.placements))  # fmt: skip
+    return set(pairs)
 
 
 class Parts:
@@ -172,9 +182,9 @@ def _do_slab(plan: Plan, parts: Parts, journal: Journal, numbered: tuple[int, Sl
     if index in journal.done and journal.done[index] == _sums_there(parts, places, step, slab):
         return slab, {}
     weights = read_slab(plan.checkpoint, step, slab)
-    importance = _importance(plan, step, slab)
+    importance, effort = _importance(plan, step, slab), plan.recipe.effort
     sums = tuple(
-        parts.write(number, place, _position(step, slab, place), weights.encoded(place.grid, importance))
+        parts.write(number, place, _position(step, slab, place), weights.encoded(place.grid, importance, effort))
         for number, place in places
     )
     return slab, {index: sums}

@@ -32,7 +32,7 @@ class Weights:
         compute = self.step.operation.compute
         return compute(values) if compute else values
 
-    def encoded(self, grid: Grid, importance: np.ndarray | None) -> np.ndarray:
+    def encoded(self, grid: Grid, importance: np.ndarray | None, effort: str = "normal") -> np.ndarray:
         """uint8 `(rows, row_bytes)`; the checkpoint's own bytes where the type does not change."""
         if grid.name == self.dtype and self.step.operation.compute is None:
             return self.raw.view(np.uint8)
@@ -42,7 +42,7 @@ class Weights:
                 f"{self.step.name}: {too_large} weights, up to {np.abs(self.float32).max():.6g}, are beyond the largest "
                 f"{grid.name}, {LARGEST[grid.name]:.6g}; use {'BF16 or ' if grid.name == 'F16' else ''}F32"
             )
-        return grid.quantize(self.float32, importance)
+        return grid.quantize(self.float32, importance, effort)
 
 
 def read_slab(checkpoint: Checkpoint, step: Step, slab: Slab) -> Weights:

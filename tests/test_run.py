@@ -429,3 +429,10 @@ def test_the_parts_have_their_own_names_until_the_end(odd, tmp_path):
     quantized(odd, tmp_path, progress=Look())
     assert set.union(*seen) == {"Q4_K_M.gguf.part", "Q8_0.gguf.part", "Q8_0.gguf.journal"}
     assert part_path(Path("a/b.gguf")) == Path("a/b.gguf.part")
+
+
+def test_effort_decides_bytes_and_stands_in_the_file(odd, tmp_path):
+    result = quantized(odd, tmp_path, ["Q4_0"], effort="best")
+    usual = quantized(odd, tmp_path / "usual", ["Q4_0"])
+    best, normal = (done.paths[0].read_bytes() for done in (result, usual))
+    assert best != normal and b'"effort": "best"' in best and b"effort" not in normal

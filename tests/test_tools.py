@@ -92,3 +92,13 @@ def test_the_pipeline_benchmark_runs_and_says_what_it_did_not(tmp_path: Path) ->
     assert re.search(r"in the end: \d+, all with the same sha256 [0-9a-f]{64}", done.stdout)
     assert re.search(r"--help: \d+\.\d+ s", done.stdout)
     assert not list(tmp_path.iterdir())
+
+
+def test_the_benchmark_of_number_formats_prints_a_row_for_each_weighing() -> None:
+    done = run_tool("bench_grids.py", "--formats", "Q8_0", "q4_k", "--rows", "1", "--markdown")
+    assert done.returncode == 0, done.stderr
+    table = [line.strip("| ").split(" | ") for line in done.stdout.splitlines()[2:]]
+    rows = [row[:2] for row in table[2:]]
+    assert rows == [[name, how] for name in ("Q8_0", "Q4_K") for how in ("plain", "importance")]
+    assert table[2][4] == "same bytes"
+    assert 0.5 < float(table[4][4]) <= 1.0

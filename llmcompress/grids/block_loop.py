@@ -18,20 +18,20 @@ import numpy as np
 from numba.extending import register_jitable
 
 from llmcompress.grids.compiled import compiled
+from llmcompress.grids.effort import EFFORTS, search_at
 from llmcompress.grids.grid import Grid
 from llmcompress.grids.lanes import (
     WIDTH,
     absolute,
     fma,
-    from_lanes,
     load,
     maximum,
     minimum,
     power_of_two,
     splat,
     store,
-    to_lanes,
 )
+from llmcompress.grids.transpose import from_lanes, to_lanes
 
 # Numba's disk cache looks for changes only in the file a kernel stands in. Held in the closure of every
 # kernel, this makes it look at the files of the functions called from there as well.
@@ -48,21 +48,38 @@ def searched_grid(
     weigh_plain: Callable,
     encode: Callable,
     decode: Callable,
+    candidates: tuple[np.ndarray, ...] = (),
+    plain_candidates: tuple[np.ndarray, ...] = (),
 ) -> Grid:
-    """The grid made of these functions; see `compile_quantizer` and `compile_dequantizer`."""
-    quantize = compile_quantizer(block, block_bytes, weigh, weigh_plain, encode)
+    """The grid made of these functions; see `compile_quantizer` and `compile_dequantizer`.
+
+    With `candidates` there is a kernel for each effort, and `encode` takes what `search_at` makes of them as
+    one more argument. `plain_candidates` are those without importance, unless effort is "best".
+    """
+    quantizers = {}
+    for effort in EFFORTS if candidates else ("normal",):
+        few = candidates if effort == "best" else plain_candidates or candidates
+        searches = [(search_at(effort, tops),) if tops else () for tops in (candidates, few)]
+        quantizers[effort] = compile_quantizer(block, block_bytes, weigh, weigh_plain, encode, *searches)
     dequantize = compile_dequantizer(block, block_bytes, decode)
-    return Grid(name, ggml_type, block, block_bytes, quantize, dequantize)
+    return Grid(name, ggml_type, block, block_bytes, quantizers["normal"], dequantize, quantizers)
 
 
 def compile_quantizer(
-    block: int, block_bytes: int, weigh: Callable, weigh_plain: Callable, encode: Callable
+    block: int,
+    block_bytes: int,
+    weigh: Callable,
+    weigh_plain: Callable,
+    encode: Callable,
+    search: tuple,
+    plain_search: tuple,
 ) -> Callable:
     """The quantize kernel of a format, as `Grid` wants it; compiled when first called, then kept on disk.
 
     `weigh(x, w, row_energy)` finds the importance of each weight in `w`, its mean over the row being
     1, and makes it the weight of its error; `row_energy` is the mean square of the whole row, in units
-    of x^2. `weigh_plain(x, w)` does without importance.
+    of x^2. `weigh_plain(x, w)` does without importance. `search` and `plain_search`
+    hold what else `encode` takes.
     """
     sources = _SOURCES
 
@@ -84,12 +101,12 @@ def compile_quantizer(
             unit = normalize(x, block)
             if importance is None:
                 weigh_plain(x, w)
+                encode(x, w, unit, parts, packed, *plain_search)
             else:
                 energy = minimum(lane_energies(energies, source, columns, w) / unit / unit, 1e30)
-                source %= columns
                 gather(relative, source, w, block)
                 weigh(x, w, energy)
-            encode(x, w, unit, parts, packed)
+                encode(x, w, unit, parts, packed, *search)
             scatter(flat_out, target, packed, block_bytes)
 
     return quantize
@@ -174,16 +191,22 @@ def row_energies(weights):
     flat, sums = weights.reshape(-1), np.empty((1, WIDTH), np.float32)
     energies = np.empty(rows, np.float32)
     for row in range(rows):
-        total = splat(0.0)
-        for j in range(row * columns // WIDTH, (row + 1) * columns // WIDTH):
+        total, more = splat(0.0), splat(0.0)  # two sums, neither of which waits for the other
+        for j in range(row * columns // WIDTH, (row + 1) * columns // WIDTH, 2):
             total = fma(load(flat, j), load(flat, j), total)
-        store(sums, 0, total)
+            more = fma(load(flat, j + 1), load(flat, j + 1), more)
+        store(sums, 0, total + more)
         energies[row] = sums.sum() / np.float32(columns)
     return energies
 
 
 @register_jitable
 def lane_energies(energies, source, columns, scratch):
+    """The energy of each lane's row; `source` becomes the place in it. Rows rise with lanes, so none is divided."""
+    row = source[0] // columns
     for lane in range(WIDTH):
-        scratch[0, lane] = energies[source[lane] // columns]
+        while source[lane] >= (row + 1) * columns:
+            row += 1
+        source[lane] -= row * columns
+        scratch[0, lane] = energies[row]
     return load(scratch, 0)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
+
+from llmcompress.grids.effort import check_effort
 
 Quantizer = Callable[[np.ndarray, "np.ndarray | None", np.ndarray], None]
 Dequantizer = Callable[[np.ndarray, np.ndarray], None]
@@ -27,6 +29,7 @@ class Grid:
     block_bytes: int
     kernel_quantize: Quantizer
     kernel_dequantize: Dequantizer
+    kernels_by_effort: Mapping[str, Quantizer] = field(default_factory=dict, compare=False)  # if there is a choice
 
     @property
     def bits_per_weight(self) -> float:
@@ -38,8 +41,14 @@ class Grid:
             raise ValueError(f"{self.name}: {columns} columns are not a multiple of {self.block}")
         return columns // self.block * self.block_bytes
 
-    def quantize(self, weights: np.ndarray, importance: np.ndarray | None = None) -> np.ndarray:
-        """Round float32 `(rows, columns)` to the format; returns uint8 `(rows, row_bytes)`."""
+    def quantize(
+        self, weights: np.ndarray, importance: np.ndarray | None = None, effort: str = "normal"
+    ) -> np.ndarray:
+        """Round float32 `(rows, columns)` to the format; returns uint8 `(rows, row_bytes)`.
+
+        Raises RecipeError for an effort that is none of EFFORTS.
+        """
+        check_effort(effort)
         weights = np.ascontiguousarray(weights, dtype=np.float32)
         rows, columns = weights.shape
         out = np.empty((rows, self.row_bytes(columns)), np.uint8)
@@ -47,7 +56,7 @@ class Grid:
             importance = np.ascontiguousarray(importance, dtype=np.float32)
             if importance.shape != (columns,):
                 raise ValueError(f"importance has shape {importance.shape}, the weights {weights.shape}")
-        self.kernel_quantize(weights, importance, out)
+        self.kernels_by_effort.get(effort, self.kernel_quantize)(weights, importance, out)
         return out
 
     def dequantize(self, data: np.ndarray) -> np.ndarray:

@@ -175,9 +175,9 @@ def unpack_scale(data, i, b):
 
 # bytes 0-15: scales (bits 0-3) and minima (4-7) | 16-79: codes | 80-81: d | 82-83: dmin
 @register_jitable
-def encode_q2_k(x, w, unit, parts, packed):
+def encode_q2_k(x, w, unit, parts, packed, search):
     scales, minima = parts[0], parts[1]
-    d, dmin = fit_affine_parts(x, w, unit, parts, 16, 3.0, 15.0, ENDS_2, SCALE_TOPS_Q2_K)
+    d, dmin = fit_affine_parts(x, w, unit, parts, 16, 3.0, 15.0, search)
     encode_affine_parts(x, scales, minima, 16, d / unit, dmin / unit, 3.0)
     for b in range(16):
         store_bytes(packed, b, fma(load(minima, b), 16.0, load(scales, b)))
@@ -199,9 +199,9 @@ def decode_q2_k(data, values):
 # bytes 0-31: bit 2 of codes | 32-95: bits 0-1 | 96-107: scales + 32 | 108-109: d
 # byte 96 + b, b < 8: bits 0-3 of scales b and b + 8 | 104 + b, b < 4: bits 4-5 of scales b + (0, 4, 8, 12)
 @register_jitable
-def encode_q3_k(x, w, unit, parts, packed):
+def encode_q3_k(x, w, unit, parts, packed, search):
     scales = parts[0]
-    d = fit_scaled_parts(x, w, unit, parts, 16, -4.0, 3.0, -32.0, 31.0, TOPS_3, SCALE_TOPS_Q3_K)
+    d = fit_scaled_parts(x, w, unit, parts, 16, -4.0, 3.0, -32.0, 31.0, search)
     encode_scaled_parts(x, scales, 16, d / unit, -4.0, 3.0)
     pack_top_bits(x, packed, 0, 4.0)
     pack_crumbs(x, packed, 32)
@@ -228,9 +228,9 @@ def decode_q3_k(data, values):
 
 # bytes 0-1: d | 2-3: dmin | 4-15: scales and minima | 16-143: codes
 @register_jitable
-def encode_q4_k(x, w, unit, parts, packed):
+def encode_q4_k(x, w, unit, parts, packed, search):
     scales, minima = parts[0], parts[1]
-    d, dmin = fit_affine_parts(x, w, unit, parts, 32, 15.0, 63.0, ENDS_4, SCALE_TOPS_Q4_K)
+    d, dmin = fit_affine_parts(x, w, unit, parts, 32, 15.0, 63.0, search)
     encode_affine_parts(x, scales, minima, 32, d / unit, dmin / unit, 15.0)
     store_half(packed, 0, d)
     store_half(packed, 2, dmin)
@@ -250,9 +250,9 @@ def decode_q4_k(data, values):
 
 # bytes 0-1: d | 2-3: dmin | 4-15: scales and minima | 16-47: bit 4 of codes | 48-175: bits 0-3
 @register_jitable
-def encode_q5_k(x, w, unit, parts, packed):
+def encode_q5_k(x, w, unit, parts, packed, search):
     scales, minima = parts[0], parts[1]
-    d, dmin = fit_affine_parts(x, w, unit, parts, 32, 31.0, 63.0, ENDS_5, SCALE_TOPS_Q4_K)
+    d, dmin = fit_affine_parts(x, w, unit, parts, 32, 31.0, 63.0, search)
     encode_affine_parts(x, scales, minima, 32, d / unit, dmin / unit, 31.0)
     store_half(packed, 0, d)
     store_half(packed, 2, dmin)
@@ -274,9 +274,9 @@ def decode_q5_k(data, values):
 
 # bytes 0-127: bits 0-3 of codes | 128-191: bits 4-5 | 192-207: scales, int8 | 208-209: d
 @register_jitable
-def encode_q6_k(x, w, unit, parts, packed):
+def encode_q6_k(x, w, unit, parts, packed, search):
     scales = parts[0]
-    d = fit_scaled_parts(x, w, unit, parts, 16, -32.0, 31.0, -128.0, 127.0, TOPS_6, SCALE_TOPS_Q6_K)
+    d = fit_scaled_parts(x, w, unit, parts, 16, -32.0, 31.0, -128.0, 127.0, search)
     encode_scaled_parts(x, scales, 16, d / unit, -32.0, 31.0)
     pack_top_crumbs(x, packed, 128, 0, 32)
     pack_top_crumbs(x, packed, 160, 128, 32)
@@ -298,8 +298,18 @@ def decode_q6_k(data, values):
             values[16 * b + j] = step * (np.float32(code) - np.float32(32.0))
 
 
-Q2_K = searched_grid("Q2_K", 10, BLOCK, 84, weigh_q2_k, weigh_by_size, encode_q2_k, decode_q2_k)
-Q3_K = searched_grid("Q3_K", 11, BLOCK, 110, weigh, weigh_by_square, encode_q3_k, decode_q3_k)
-Q4_K = searched_grid("Q4_K", 12, BLOCK, 144, weigh, weigh_by_size_and_spread, encode_q4_k, decode_q4_k)
-Q5_K = searched_grid("Q5_K", 13, BLOCK, 176, weigh, weigh_by_size_and_spread, encode_q5_k, decode_q5_k)
-Q6_K = searched_grid("Q6_K", 14, BLOCK, 210, weigh_q6_k, weigh_by_square, encode_q6_k, decode_q6_k)
+Q2_K = searched_grid(
+    "Q2_K", 10, BLOCK, 84, weigh_q2_k, weigh_by_size, encode_q2_k, decode_q2_k, (ENDS_2, SCALE_TOPS_Q2_K)
+)
+Q3_K = searched_grid(
+    "Q3_K", 11, BLOCK, 110, weigh, weigh_by_square, encode_q3_k, decode_q3_k, (TOPS_3, SCALE_TOPS_Q3_K)
+)
+Q4_K = searched_grid(
+    "Q4_K", 12, BLOCK, 144, weigh, weigh_by_size_and_spread, encode_q4_k, decode_q4_k, (ENDS_4, SCALE_TOPS_Q4_K)
+)
+Q5_K = searched_grid(
+    "Q5_K", 13, BLOCK, 176, weigh, weigh_by_size_and_spread, encode_q5_k, decode_q5_k, (ENDS_5, SCALE_TOPS_Q4_K)
+)
+Q6_K = searched_grid(
+    "Q6_K", 14, BLOCK, 210, weigh_q6_k, weigh_by_square, encode_q6_k, decode_q6_k, (TOPS_6, SCALE_TOPS_Q6_K)
+)

@@ -124,6 +124,7 @@ def _unary(name: str):
 rint = _unary("rint")  # to nearest, ties to even
 round_away = _unary("round")  # to nearest, ties away from zero: C's roundf
 absolute = _unary("fabs")
+ceil = _unary("ceil")
 sqrt = _unary("sqrt")
 
 
@@ -201,6 +202,29 @@ def power_of_two(typing_context, a):
     return LANES(LANES), lower
 
 
+@intrinsic
+def leading_bits(typing_context, a, shift):
+    """The bits of float32 values, none negative, from bit number `shift` up, as whole numbers."""
+
+    def lower(context, builder, sig, args):
+        distance = context.cast(builder, args[1], sig.args[1], types.int32)
+        bits = builder.lshr(builder.bitcast(args[0], _INTS), _broadcast(builder, distance, _INTS))
+        return builder.sitofp(bits, _FLOATS)
+
+    return LANES(LANES, shift), lower
+
+
+@intrinsic
+def number_of(typing_context, a):
+    """The numbers that `tagged` put in."""
+
+    def lower(context, builder, sig, args):
+        bits = builder.and_(builder.bitcast(args[0], _INTS), _constant(_INTS, 127))
+        return builder.sitofp(bits, _FLOATS)
+
+    return LANES(LANES), lower
+
+
 def _index(value: int) -> ir.Constant:
     return ir.Constant(ir.IntType(64), value)
 
@@ -254,6 +278,59 @@ def store_bytes(typing_context, array, i, value):
 
 
 @intrinsic
+def lookup(typing_context, table, index):
+    """Entries of an int8 table of sixteen, at whole numbers 0 to 15.
+
+    Written as sixteen single look-ups, which LLVM makes one shuffle of bytes where the CPU has it.
+    """
+    table_kind = ir.VectorType(ir.IntType(8), WIDTH)
+
+    def lower(context, builder, sig, args):
+        entries = builder.load(_element(context, builder, sig.args[0], args[0], _index(0), table_kind), align=1)
+        places = builder.trunc(builder.fptosi(args[1], _INTS), table_kind)
+        places = builder.and_(places, ir.Constant(table_kind, [WIDTH - 1] * WIDTH))
+        found = ir.Constant(table_kind, ir.Undefined)
+        for lane in range(WIDTH):
+            at = ir.Constant(ir.IntType(32), lane)
+            entry = builder.extract_element(entries, builder.extract_element(places, at))
+            found = builder.insert_element(found, entry, at)
+        return builder.sitofp(found, _FLOATS)
+
+    return LANES(table, LANES), lower
+
+
+@intrinsic
+def pick(typing_context, table, index):
+    """`table[index]` in every lane: a 1-D array of numbers, at whole numbers within it."""
+
+    def lower(context, builder, sig, args):
+        data = _data(context, builder, sig.args[0], args[0])
+        places, found = builder.fptosi(args[1], _INTS), ir.Constant(_FLOATS, ir.Undefined)
+        for lane in range(WIDTH):
+            at = ir.Constant(ir.IntType(32), lane)
+            place = builder.sext(builder.extract_element(places, at), ir.IntType(64))
+            entry = builder.load(builder.gep(data, [place]))
+            entry = context.cast(builder, entry, sig.args[0].dtype, types.float32)
+            found = builder.insert_element(found, entry, at)
+        return found
+
+    return LANES(table, LANES), lower
+
+
+@intrinsic
+def has_bit(typing_context, a, place):
+    """Where bit number `place`, a number or lanes, of whole numbers 0 to 2^24 is set."""
+
+    def lower(context, builder, sig, args):
+        bits = builder.fptosi(args[0], _INTS)
+        places = builder.fptosi(_as_lanes(context, builder, args[1], sig.args[1]), _INTS)
+        odd = builder.and_(builder.lshr(bits, places), _constant(_INTS, 1))
+        return builder.icmp_unsigned("!=", odd, _constant(_INTS, 0))
+
+    return MASK(LANES, place), lower
+
+
+@intrinsic
 def half_bits(typing_context, a):
     """The bits of float16 values (see `round_to_half`), as whole numbers 0 to 65535."""
 
@@ -270,51 +347,22 @@ def half_bits(typing_context, a):
     return LANES(LANES), lower
 
 
-def _transposition(to_rows: bool):
-    def lower(context, builder, sig, args):
-        flat_type, offsets_type, rows_type, _ = sig.args
-        flat, offsets, rows, first = args
-        vector = ir.VectorType(context.get_data_type(flat_type.dtype), WIDTH)
-        offsets = _data(context, builder, offsets_type, offsets)
-
-        def run(lane):
-            offset = builder.load(builder.gep(offsets, [_index(lane)]))
-            return _element(context, builder, flat_type, flat, builder.add(offset, first), vector)
-
-        def row(k):
-            start = builder.mul(builder.add(first, _index(k)), _index(WIDTH))
-            return _element(context, builder, rows_type, rows, start, vector)
-
-        source, target = (run, row) if to_rows else (row, run)
-        square = [builder.load(source(k), align=1) for k in range(WIDTH)]
-        for k, column in enumerate(_transpose_square(builder, square)):
-            builder.store(column, target(k), align=1)
-        return context.get_dummy_value()
-
-    return lower
+# For intrinsics that write straight code of many lanes themselves.
+def repeated(value: float) -> ir.Constant:
+    return _constant(_FLOATS, value)
 
 
-@intrinsic
-def to_lanes(typing_context, flat, offsets, rows, first):
-    """Make the runs `flat[offset + first : offset + first + 16]`, one to a lane, `rows[first : first + 16]`.
-
-    `offsets` is int64 `(16,)`; `rows` is `(n, 16)`, of the element type of the flat array `flat`.
-    """
-    return types.void(flat, offsets, rows, types.int64), _transposition(to_rows=True)
+def load_row(context, builder, array_type, array, k: int):
+    """Lanes number k of a contiguous float32 array."""
+    place = _element(context, builder, array_type, array, _index(WIDTH * k), _FLOATS)
+    return builder.load(place, align=4)
 
 
-@intrinsic
-def from_lanes(typing_context, flat, offsets, rows, first):
-    """The way back of `to_lanes`: `rows[first : first + 16]` are written to sixteen places in `flat`."""
-    return types.void(flat, offsets, rows, types.int64), _transposition(to_rows=False)
+def store_row(context, builder, array_type, array, k: int, value) -> None:
+    builder.store(value, _element(context, builder, array_type, array, _index(WIDTH * k), _FLOATS), align=4)
 
 
-def _transpose_square(builder, square: list) -> list:
-    """Transpose 16 vectors of 16: four rounds of interleaving rows k and k + 8."""
-    low = ir.Constant(_INTS, [k // 2 + WIDTH * (k % 2) for k in range(WIDTH)])
-    high = ir.Constant(_INTS, [k // 2 + 8 + WIDTH * (k % 2) for k in range(WIDTH)])
-    for _ in range(4):
-        square = [
-            builder.shuffle_vector(square[k], square[k + 8], half) for k in range(8) for half in (low, high)
-        ]
-    return square
+def tagged(builder, value, number: int):
+    """Lanes with `number`, 0 to 127, in place of their last seven bits; see `number_of`."""
+    bits = builder.and_(builder.bitcast(value, _INTS), _constant(_INTS, -128))
+    return builder.bitcast(builder.or_(bits, _constant(_INTS, number)), _FLOATS)

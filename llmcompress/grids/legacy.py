@@ -30,23 +30,28 @@ from llmcompress.grids.scale_search import fit_affine, fit_scaled
 
 BLOCK = 32
 
-ROUNDS = 1
 TOPS_4 = np.array([-8.9, -8.6, -8.3, -8.0, -7.7, -7.4, -7.1, 6.6, 6.9, 7.2, 7.5, 7.8], np.float32)
 TOPS_5 = np.array([-16.7, -16.4, -16.0, -15.7, -15.3, -15.0, 14.4, 14.7, 15.0, 15.3, 15.6], np.float32)
 ENDS_4 = np.array([(a, b) for a in (-0.7, -0.2, 0.2, 0.6) for b in (14.5, 14.9, 15.3, 15.7)], np.float32)
 ENDS_5 = np.array([(a, b) for a in (-0.7, -0.2, 0.2, 0.6) for b in (30.5, 30.9, 31.3, 31.7)], np.float32)
 ANY_BASE = 1e30
 
+# Without importance llama.cpp takes the range as it is, in no time. These few keep up with it.
+PLAIN_TOPS_4 = np.array([-8.0, 7.2], np.float32)
+PLAIN_TOPS_5 = np.array([-16.0, 15.3], np.float32)
+PLAIN_ENDS_4 = np.array([(0.0, 15.0)], np.float32)
+PLAIN_ENDS_5 = np.array([(0.0, 30.0), (0.0, 31.0)], np.float32)
+
 
 @register_jitable
 def weigh(x, w, row_energy):
-    for j in range(BLOCK):
+    for j in range(len(x)):
         store(w, j, load(w, j) * sqrt(fma(load(x, j), load(x, j), row_energy)))
 
 
 @register_jitable
 def weigh_plain(x, w):
-    for j in range(BLOCK):
+    for j in range(len(x)):
         store(w, j, splat(1.0))
 
 
@@ -54,7 +59,7 @@ def weigh_plain(x, w):
 def encode_scaled(x, d, low, high):
     """Turn x into its codes less `low`, in place."""
     inverse = inverse_of(d)
-    for j in range(BLOCK):
+    for j in range(len(x)):
         store(x, j, nearest_code(load(x, j) * inverse, low, high) - low)
 
 
@@ -99,8 +104,9 @@ def fifth_bit(data, i, j):
 
 # bytes 0-1: d | 2-17: low bits
 @register_jitable
-def encode_q4_0(x, w, unit, parts, packed):
-    d, _ = fit_scaled(x, w, 0, BLOCK, -8.0, 7.0, TOPS_4, ROUNDS)
+def encode_q4_0(x, w, unit, parts, packed, search):
+    tops, rounds = search
+    d, _ = fit_scaled(x, w, 0, BLOCK, -8.0, 7.0, tops, rounds)
     d = round_to_half(d * unit)
     encode_scaled(x, d / unit, -8.0, 7.0)
     store_half(packed, 0, d)
@@ -116,8 +122,9 @@ def decode_q4_0(data, values):
 
 # bytes 0-1: d | 2-3: m | 4-19: low bits
 @register_jitable
-def encode_q4_1(x, w, unit, parts, packed):
-    d, m, _ = fit_affine(x, w, 0, BLOCK, 15.0, ANY_BASE, ENDS_4, ROUNDS)
+def encode_q4_1(x, w, unit, parts, packed, search):
+    ends, rounds = search
+    d, m, _ = fit_affine(x, w, 0, BLOCK, 15.0, ANY_BASE, ends, rounds)
     d, m = round_to_half(d * unit), round_to_half(m * unit)
     encode_affine(x, d / unit, m / unit, 15.0)
     store_half(packed, 0, d)
@@ -134,8 +141,9 @@ def decode_q4_1(data, values):
 
 # bytes 0-1: d | 2-5: fifth bits | 6-21: low bits
 @register_jitable
-def encode_q5_0(x, w, unit, parts, packed):
-    d, _ = fit_scaled(x, w, 0, BLOCK, -16.0, 15.0, TOPS_5, ROUNDS)
+def encode_q5_0(x, w, unit, parts, packed, search):
+    tops, rounds = search
+    d, _ = fit_scaled(x, w, 0, BLOCK, -16.0, 15.0, tops, rounds)
     d = round_to_half(d * unit)
     encode_scaled(x, d / unit, -16.0, 15.0)
     store_half(packed, 0, d)
@@ -152,8 +160,9 @@ def decode_q5_0(data, values):
 
 # bytes 0-1: d | 2-3: m | 4-7: fifth bits | 8-23: low bits
 @register_jitable
-def encode_q5_1(x, w, unit, parts, packed):
-    d, m, _ = fit_affine(x, w, 0, BLOCK, 31.0, ANY_BASE, ENDS_5, ROUNDS)
+def encode_q5_1(x, w, unit, parts, packed, search):
+    ends, rounds = search
+    d, m, _ = fit_affine(x, w, 0, BLOCK, 31.0, ANY_BASE, ends, rounds)
     d, m = round_to_half(d * unit), round_to_half(m * unit)
     encode_affine(x, d / unit, m / unit, 31.0)
     store_half(packed, 0, d)
@@ -194,10 +203,18 @@ def decode_q8_0(data, values):
         values[j] = d * np.float32(np.int8(data[2 + j]))
 
 
-Q4_0 = searched_grid("Q4_0", 2, BLOCK, 18, weigh, weigh_plain, encode_q4_0, decode_q4_0)
-Q4_1 = searched_grid("Q4_1", 3, BLOCK, 20, weigh, weigh_plain, encode_q4_1, decode_q4_1)
-Q5_0 = searched_grid("Q5_0", 6, BLOCK, 22, weigh, weigh_plain, encode_q5_0, decode_q5_0)
-Q5_1 = searched_grid("Q5_1", 7, BLOCK, 24, weigh, weigh_plain, encode_q5_1, decode_q5_1)
+Q4_0 = searched_grid(
+    "Q4_0", 2, BLOCK, 18, weigh, weigh_plain, encode_q4_0, decode_q4_0, (TOPS_4,), (PLAIN_TOPS_4,)
+)
+Q4_1 = searched_grid(
+    "Q4_1", 3, BLOCK, 20, weigh, weigh_plain, encode_q4_1, decode_q4_1, (ENDS_4,), (PLAIN_ENDS_4,)
+)
+Q5_0 = searched_grid(
+    "Q5_0", 6, BLOCK, 22, weigh, weigh_plain, encode_q5_0, decode_q5_0, (TOPS_5,), (PLAIN_TOPS_5,)
+)
+Q5_1 = searched_grid(
+    "Q5_1", 7, BLOCK, 24, weigh, weigh_plain, encode_q5_1, decode_q5_1, (ENDS_5,), (PLAIN_ENDS_5,)
+)
 _quantize_q8_0 = compile_plain_quantizer(34, encode_q8_0)
 _dequantize_q8_0 = compile_dequantizer(BLOCK, 34, decode_q8_0)
 Q8_0 = Grid("Q8_0", 8, BLOCK, 34, _quantize_q8_0, _dequantize_q8_0)

@@ -23,8 +23,6 @@ from llmcompress.grids.scale_search import (
     weight_sums,
 )
 
-ROUNDS = 1  # of refinement of one sub-block's real scale
-
 
 @register_jitable
 def round_scales(scales, count, step, low, high):
@@ -34,12 +32,13 @@ def round_scales(scales, count, step, low, high):
 
 
 @register_jitable
-def fit_affine_parts(x, w, unit, parts, size, high, most, ends, tops):
+def fit_affine_parts(x, w, unit, parts, size, high, most, search):
     """x = d scale l - dmin minimum, codes l in 0..high, scales and minima in 0..most. Returns d and dmin."""
+    ends, tops, rounds = search
     scales, minima, weights = parts[0], parts[1], parts[2]
     count = len(x) // size
     for b in range(count):
-        step, base, curvature = fit_affine(x, w, b * size, size, high, 0.0, ends, ROUNDS)
+        step, base, curvature = fit_affine(x, w, b * size, size, high, 0.0, ends, rounds)
         store(scales, b, step)
         store(minima, b, -base)
         store(weights, b, curvature)
@@ -50,8 +49,10 @@ def fit_affine_parts(x, w, unit, parts, size, high, most, ends, tops):
     d, dmin = round_to_half(d * unit), round_to_half(dmin * unit)
     round_scales(scales, count, d / unit, 0.0, most)
     round_scales(minima, count, dmin / unit, 0.0, most)
-    d, dmin = refine_affine_parts(x, w, scales, minima, size, high, most, d / unit, dmin / unit)
-    return round_to_half(d * unit), round_to_half(dmin * unit)
+    for _ in range(rounds):
+        d, dmin = refine_affine_parts(x, w, scales, minima, size, high, most, d / unit, dmin / unit)
+        d, dmin = round_to_half(d * unit), round_to_half(dmin * unit)
+    return d, dmin
 
 
 @register_jitable
@@ -96,18 +97,19 @@ def encode_affine_parts(x, scales, minima, size, d, dmin, high):
 
 
 @register_jitable
-def fit_scaled_parts(x, w, unit, parts, size, low, high, least, most, tops, scale_tops):
+def fit_scaled_parts(x, w, unit, parts, size, low, high, least, most, search):
     """x = d scale l, codes l in low..high, scales in least..most. Returns d."""
+    tops, scale_tops, rounds = search
     scales, weights = parts[0], parts[1]
     count = len(x) // size
     for b in range(count):
-        step, curvature = fit_scaled(x, w, b * size, size, low, high, tops, ROUNDS)
+        step, curvature = fit_scaled(x, w, b * size, size, low, high, tops, rounds)
         store(scales, b, step)
         store(weights, b, curvature)
     d, _ = fit_scaled(scales, weights, 0, count, least, most, scale_tops, 1)
     d = round_to_half(d * unit)
     round_scales(scales, count, d / unit, least, most)
-    for _ in range(2):
+    for _ in range(rounds + 1):
         d = refine_scaled_parts(x, w, scales, size, low, high, least, most, d / unit)
         d = round_to_half(d * unit)
     return d
