@@ -28,8 +28,8 @@ def quantize_array(
     """Round weights `(rows, columns)` to the format ggml calls `type` ("Q4_K", in any case), along rows.
 
     The weights are float32, float16, or the bfloat16 of the package ml_dtypes; `importance`, `(columns,)`,
-    says how much errors in each column count. `effort` is "fast", "normal" or "best"; `threads` are by default
-    all cores, and their number never changes a byte. Returns uint8 `(rows, row_bytes)`.
+    says how much errors in each column count. `effort` is "fast", "normal" or "best"; `threads` are by
+    default all cores, and their number never changes a byte. Returns uint8 `(rows, row_bytes)`.
 
     Raises RecipeError for an unknown type or effort, PlanError for shapes and dtypes that do not fit,
     RunError for a NaN, an infinity, or a weight beyond the range of "F16" or "BF16".
