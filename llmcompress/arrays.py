@@ -27,12 +27,12 @@ def quantize_array(
 ) -> np.ndarray:
     """Round weights `(rows, columns)` to the format ggml calls `type` ("Q4_K", in any case), along rows.
 
-    The weights are float32, float16, or the bfloat16 of the package ml_dtypes; `importance`, `(columns,)`, says
-    how much errors in each column count. `effort` is "fast", "normal" or "best"; `threads` are by default
-    all cores, and their number never changes a byte. Returns uint8 `(rows, row_bytes)`.
+    The weights are float32, float16, or the bfloat16 of the package ml_dtypes; `importance`, `(columns,)`,
+    says how much errors in each column count. `effort` is "fast", "normal" or "best"; `threads` are by
+    default all cores, and their number never changes a byte. Returns uint8 `(rows, row_bytes)`.
 
-    Raises RecipeError for an unknown type or effort, PlanError for shapes and dtypes that do not fit, RunError
-    for a NaN, an infinity, or a weight beyond the range of "F16" or "BF16".
+    Raises RecipeError for an unknown type or effort, PlanError for shapes and dtypes that do not fit,
+    RunError for a NaN, an infinity, or a weight beyond the range of "F16" or "BF16".
     """
     grid = find_grid(type)
     check_effort(effort)
@@ -60,7 +60,7 @@ def dequantize_array(data: np.ndarray, type: str, threads: int | None = None) ->
         raise PlanError(f"data are {data.dtype} of shape {data.shape}; give uint8 (rows, row_bytes)")
     rows, row_bytes = data.shape
     if row_bytes % grid.block_bytes:
-        raise PlanError(f"{grid.name}: rows of {row_bytes} bytes do not divide into blocks of {grid.block_bytes}")
+        raise PlanError(f"{grid.name}: rows of {row_bytes} bytes are not blocks of {grid.block_bytes}")
     out = np.empty((rows, row_bytes // grid.block_bytes * grid.block), np.float32)
 
     def dequantize(part: slice) -> None:
@@ -92,7 +92,7 @@ def _checked_importance(importance: np.ndarray, columns: int) -> np.ndarray:
         raise PlanError(f"importance has shape {importance.shape}, but the weights have {columns} columns")
     bad = np.flatnonzero(~(np.isfinite(importance) & (importance >= 0)))
     if bad.size:
-        raise PlanError(f"importance of column {bad[0]} is {importance[bad[0]]}; give finite values from 0 up")
+        raise PlanError(f"importance of column {bad[0]} is {importance[bad[0]]}; give values from 0 up")
     return importance
 
 

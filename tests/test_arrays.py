@@ -95,7 +95,10 @@ def test_types_are_checked():
         llmcompress.dequantize_array(np.zeros((1, 34), np.uint8), "Q9")
 
 
-@pytest.mark.parametrize("data", [np.zeros((1, 145), np.uint8), np.zeros((1, 144), np.int8), np.zeros(144, np.uint8)])
+MALFORMED = [np.zeros((1, 145), np.uint8), np.zeros((1, 144), np.int8), np.zeros(144, np.uint8)]
+
+
+@pytest.mark.parametrize("data", MALFORMED)
 def test_bytes_that_do_not_fit_are_refused(data):
     with pytest.raises(PlanError, match="145 bytes.*144|give uint8"):
         llmcompress.dequantize_array(data, "Q4_K")

@@ -18,8 +18,8 @@ from llmcompress.grids.scale_search import fit_scaled
 
 BLOCK_1, BLOCK_2 = 128, 64
 
-# The codes of Q2_0, not whole, that the weight largest in size is laid upon. The first leaves weights of three
-# levels exact.
+# The codes of Q2_0, not whole, that the weight largest in size is laid upon. The first leaves weights of
+# three levels exact.
 TOPS = np.array([-1.4, 2.2, -2.2], np.float32)
 
 

@@ -1,4 +1,4 @@
-"""Runs of sixteen values to sixteen lanes, and back: how blocks that follow each other come to lie side by side."""
+"""Runs of sixteen values to sixteen lanes, and back: how blocks come to lie side by side."""
 
 from __future__ import annotations
 
