@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-
-from llmcompress.checkpoint import Checkpoint, TensorInfo
 from llmcompress.converters.config import Config
 from llmcompress.converters.shapes import check_shapes
+
+from llmcompress.checkpoint import Checkpoint, TensorInfo
 from llmcompress.errors import PlanError, nearest, shown
 from llmcompress.gguf.value import Metadata, Value
 from llmcompress.step import COPY, Operation, Piece, Step
@@ -48,7 +48,9 @@ def rotary(heads: str) -> Callable[[Config, TensorInfo], Operation]:
             raise PlanError(f"{tensor.name}: {values} rows cannot be {count} heads of an even size")
         size = values // count
         if len(tensor.shape) == 1:
-            return Operation("rotary pairs", 1, lambda row: _interleave(row.reshape(-1, 1), size).reshape(1, -1))
+            return Operation(
+                "rotary pairs", 1, lambda row: _interleave(row.reshape(-1, 1), size).reshape(1, -1)
+            )
         return Operation("rotary pairs", size, lambda rows: _interleave(rows, size))
 
     return operation
@@ -101,7 +103,9 @@ class Architecture:
             value = config.get(key, default=known[0])
             if value not in known:
                 wanted = " or ".join(repr(word) for word in known)
-                raise PlanError(f"config.json: {key} is {shown(value)}; llama.cpp's {self.name} computes as if it were {wanted}")
+                raise PlanError(
+                    f"config.json: {key} is {shown(value)}; llama.cpp's {self.name} computes as if it were {wanted}"
+                )
         return self.check(config)
 
 
@@ -132,13 +136,20 @@ def steps_of(architecture: Architecture, checkpoint: Checkpoint, tokens: int) ->
             del sources["output.weight"]
             notes.append(f"{head.name}: left out, it is the embedding again")
         else:
-            notes.append(f"{head.name}: kept, although config.json ties it to the embedding: it differs from it")
+            notes.append(
+                f"{head.name}: kept, although config.json ties it to the embedding: it differs from it"
+            )
     steps = [_step(name, experts, config) for name, experts in sources.items()]
     if architecture.tokens_decide_rows:
-        steps = [_cut_rows(step, tokens, notes) if step.name == "token_embd.weight" else step for step in steps]
+        steps = [
+            _cut_rows(step, tokens, notes) if step.name == "token_embd.weight" else step for step in steps
+        ]
     _check_complete(architecture, config, steps, tokens)
     check_shapes(steps, architecture.keys(config), tokens)
-    steps += [Step(name, values.shape, (), computed=values) for name, values in architecture.computed(config).items()]
+    steps += [
+        Step(name, values.shape, (), computed=values)
+        for name, values in architecture.computed(config).items()
+    ]
     return steps, notes
 
 
@@ -148,14 +159,19 @@ def _is_copy(checkpoint: Checkpoint, head: TensorInfo, embedding: TensorInfo) ->
     if (head.shape, head.dtype) != (embedding.shape, embedding.dtype):
         return False
     rows = np.unique(np.linspace(0, head.rows - 1, 64).astype(int))
-    return all(np.array_equal(checkpoint.read(head.name, row, 1), checkpoint.read(embedding.name, row, 1)) for row in rows)
+    return all(
+        np.array_equal(checkpoint.read(head.name, row, 1), checkpoint.read(embedding.name, row, 1))
+        for row in rows
+    )
 
 
 _NUMBER = "0|[1-9][0-9]*"  # as transformers writes it: no second spelling of a layer
 
 
 def _matcher(pattern: str, rule: Rule | None) -> tuple[re.Pattern[str], Rule | None]:
-    expression = re.escape(pattern).replace(r"\{i\}", f"(?P<i>{_NUMBER})").replace(r"\{e\}", f"(?P<e>{_NUMBER})")
+    expression = (
+        re.escape(pattern).replace(r"\{i\}", f"(?P<i>{_NUMBER})").replace(r"\{e\}", f"(?P<e>{_NUMBER})")
+    )
     return re.compile(expression + r"(?P<suffix>\.weight|\.bias)?"), rule
 
 
@@ -226,7 +242,9 @@ def _cut_rows(step: Step, rows: int, notes: list[str]) -> Step:
     (piece,) = step.pieces
     if rows >= piece.rows:
         return step
-    notes.append(f"{piece.tensor.name}: {piece.rows - rows} rows of {piece.rows} belong to no token and are left out")
+    notes.append(
+        f"{piece.tensor.name}: {piece.rows - rows} rows of {piece.rows} belong to no token and are left out"
+    )
     return Step(step.name, (rows, step.columns), (Piece(piece.tensor, 0, rows),), step.operation)
 
 
@@ -243,7 +261,11 @@ def _check_complete(architecture: Architecture, config: Config, steps: Sequence[
         for layer in range(layers) if "{i}" in target else [0]:
             name = pattern.replace("{i}", str(layer))
             if name not in shapes:
-                remedy = "does config.json lack tie_word_embeddings?" if target == "output" else "is a shard missing?"
+                remedy = (
+                    "does config.json lack tie_word_embeddings?"
+                    if target == "output"
+                    else "is a shard missing?"
+                )
                 raise PlanError(f"{name}: the checkpoint has no tensor for it; {remedy} (looked for "
                                 f"{', '.join(_origins(architecture, target))})")  # fmt: skip
     for name in shapes:

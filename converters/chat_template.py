@@ -6,9 +6,9 @@ from pathlib import Path
 from string import ascii_letters, digits
 from typing import Any
 
-from llmcompress.small_file import read_text
 from llmcompress.errors import TokenizerError
 from llmcompress.json_object import read_object
+from llmcompress.small_file import read_text
 
 DEFAULT = "default"
 

@@ -50,7 +50,9 @@ class Config:
     def need(self, *names: str) -> Any:
         value = self.get(*names)
         if value is None:
-            raise PlanError(f"config.json: {' or '.join(names)} is missing; take the file from the model's page")
+            raise PlanError(
+                f"config.json: {' or '.join(names)} is missing; take the file from the model's page"
+            )
         return value
 
     @property
@@ -70,7 +72,9 @@ class Config:
     def head_dim(self) -> int:
         size = self.get("head_dim", default=self.need("hidden_size", "n_embd") // self.heads)
         if not size:
-            raise PlanError(f"config.json: {self.heads} attention heads are more than its hidden size has values")
+            raise PlanError(
+                f"config.json: {self.heads} attention heads are more than its hidden size has values"
+            )
         return size
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from llmcompress.converters.architecture import Rule, optional_keys, to
 from llmcompress.converters.config import Config
 from llmcompress.converters.rope import rope_keys, rope_notes
+
 from llmcompress.errors import PlanError
 from llmcompress.gguf.value import Metadata, f32, u32
 
@@ -84,7 +85,10 @@ def attention_notes(config: Config) -> list[str]:
     notes = rope_notes(config)
     if window is None or window >= length:
         return notes
-    return [f"sliding window of {window} tokens: llama.cpp attends to all tokens; contexts beyond it will differ", *notes]
+    return [
+        f"sliding window of {window} tokens: llama.cpp attends to all tokens; contexts beyond it will differ",
+        *notes,
+    ]
 
 
 def rotary_decoder_keys(config: Config, rope_tensors: bool = False) -> Metadata:

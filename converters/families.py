@@ -10,9 +10,21 @@ from llmcompress.converters.llama import LLAMA, MISTRAL
 from llmcompress.converters.mixtral import MIXTRAL
 from llmcompress.converters.phi import PHI3
 from llmcompress.converters.qwen import QWEN2, QWEN3, QWEN3_MOE
+
 from llmcompress.errors import PlanError, nearest
 
-ARCHITECTURES: tuple[Architecture, ...] = (LLAMA, MISTRAL, MIXTRAL, QWEN2, QWEN3, QWEN3_MOE, GEMMA2, GEMMA3, PHI3, GPT2)
+ARCHITECTURES: tuple[Architecture, ...] = (
+    LLAMA,
+    MISTRAL,
+    MIXTRAL,
+    QWEN2,
+    QWEN3,
+    QWEN3_MOE,
+    GEMMA2,
+    GEMMA3,
+    PHI3,
+    GPT2,
+)
 CLASSES: dict[str, Architecture] = {name: family for family in ARCHITECTURES for name in family.classes}
 
 

@@ -6,6 +6,7 @@ from llmcompress.converters.architecture import Architecture, optional_keys, plu
 from llmcompress.converters.config import Config
 from llmcompress.converters.decoder import ATTENTION, EMBEDDING, MLP, rotary_decoder_keys
 from llmcompress.converters.rope import rope_notes, rope_parameters
+
 from llmcompress.errors import PlanError, shown
 from llmcompress.gguf.value import Metadata, f32, u32
 
@@ -38,7 +39,9 @@ def _local_base(config: Config) -> float:
         return config.get("rope_local_base_freq", default=10000.0)
     local = rope_parameters(config, "sliding_attention")
     if local["rope_type"] != "default":
-        raise PlanError(f"config.json: sliding layers have {local['rope_type']} rope, llama.cpp would compute default rope")
+        raise PlanError(
+            f"config.json: sliding layers have {local['rope_type']} rope, llama.cpp would compute default rope"
+        )
     return local["rope_theta"]
 
 
@@ -48,14 +51,20 @@ def _check_attention(config: Config, largest_layers: int, pattern: int) -> list[
     largest = config.need("num_hidden_layers") == largest_layers
     derived = config.need("hidden_size") // config.heads if largest else config.head_dim
     if scalar != derived:
-        raise PlanError(f"config.json: query_pre_attn_scalar is {scalar}, llama.cpp would compute with {derived}")
+        raise PlanError(
+            f"config.json: query_pre_attn_scalar is {scalar}, llama.cpp would compute with {derived}"
+        )
     written = config.get("sliding_window_pattern", "_sliding_window_pattern", default=pattern)
     if written != pattern:
-        raise PlanError(f"config.json: every {written}th layer sees all tokens, in llama.cpp every {pattern}th would")
+        raise PlanError(
+            f"config.json: every {written}th layer sees all tokens, in llama.cpp every {pattern}th would"
+        )
     for layer, kind in enumerate(config.get("layer_types", default=())):
         expected = "full_attention" if (layer + 1) % pattern == 0 else "sliding_attention"
         if kind != expected:
-            raise PlanError(f"config.json: layer {layer} is {shown(kind)}, llama.cpp would compute {expected}")
+            raise PlanError(
+                f"config.json: layer {layer} is {shown(kind)}, llama.cpp would compute {expected}"
+            )
     return rope_notes(config)
 
 

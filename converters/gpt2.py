@@ -5,12 +5,17 @@ from __future__ import annotations
 from llmcompress.converters.architecture import Architecture, conv1d, to
 from llmcompress.converters.config import Config
 from llmcompress.converters.decoder import decoder_keys
+
 from llmcompress.errors import PlanError
 
 
 def _check(config: Config) -> list[str]:
-    if config.get("scale_attn_by_inverse_layer_idx", default=False) or not config.get("scale_attn_weights", default=True):
-        raise PlanError("config.json: attention scaled other than by the head's size, which llama.cpp's gpt2 cannot compute")
+    if config.get("scale_attn_by_inverse_layer_idx", default=False) or not config.get(
+        "scale_attn_weights", default=True
+    ):
+        raise PlanError(
+            "config.json: attention scaled other than by the head's size, which llama.cpp's gpt2 cannot compute"
+        )
     return []
 
 
@@ -33,7 +38,9 @@ GPT2 = Architecture(
         "h.{i}.attn.masked_bias": None,
     },
     keys=decoder_keys,
-    biases=frozenset({"attn_norm", "attn_qkv", "attn_output", "ffn_norm", "ffn_up", "ffn_down", "output_norm"}),
+    biases=frozenset(
+        {"attn_norm", "attn_qkv", "attn_output", "ffn_norm", "ffn_up", "ffn_down", "output_norm"}
+    ),
     defaults={"layer_norm_epsilon": 1e-5, "n_positions": 1024, "tie_word_embeddings": True},
     assumes={"activation_function": ("gelu_new", "gelu_pytorch_tanh")},
     check=_check,

@@ -6,8 +6,16 @@ from dataclasses import replace
 
 from llmcompress.converters.architecture import Architecture, rotary, to
 from llmcompress.converters.config import Config
-from llmcompress.converters.decoder import ATTENTION, EMBEDDING, MLP, QKV_BIASES, attention_notes, rotary_decoder_keys
+from llmcompress.converters.decoder import (
+    ATTENTION,
+    EMBEDDING,
+    MLP,
+    QKV_BIASES,
+    attention_notes,
+    rotary_decoder_keys,
+)
 from llmcompress.converters.rope import rope_tensors, rotary_dimensions
+
 from llmcompress.errors import PlanError
 from llmcompress.gguf.value import Metadata, u32
 
@@ -20,7 +28,9 @@ ROTARY_ATTENTION = ATTENTION | {
 def llama_keys(config: Config) -> Metadata:
     turned = rotary_dimensions(config)
     if turned != config.head_dim:
-        raise PlanError(f"config.json: {turned} of a head's {config.head_dim} dimensions are rotary, in llama.cpp all would be")
+        raise PlanError(
+            f"config.json: {turned} of a head's {config.head_dim} dimensions are rotary, in llama.cpp all would be"
+        )
     return rotary_decoder_keys(config, rope_tensors=True) | {"rope.dimension_count": u32(turned)}
 
 

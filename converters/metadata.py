@@ -23,7 +23,12 @@ from llmcompress.json_object import read_object
 from llmcompress.recipe import Recipe
 from llmcompress.step import Step
 
-_SAMPLING = {"top_k": ("top_k", int), "top_p": ("top_p", float), "min_p": ("min_p", float), "temperature": ("temp", float)}
+_SAMPLING = {
+    "top_k": ("top_k", int),
+    "top_p": ("top_p", float),
+    "min_p": ("min_p", float),
+    "temperature": ("temp", float),
+}
 
 
 def general_metadata(

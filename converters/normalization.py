@@ -7,6 +7,7 @@ import binascii
 from dataclasses import dataclass
 
 from llmcompress.converters.tokenizer_files import TokenizerFiles, pattern_of
+
 from llmcompress.errors import TokenizerError
 
 

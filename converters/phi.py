@@ -5,18 +5,28 @@ from __future__ import annotations
 from llmcompress.converters.architecture import Architecture, to
 from llmcompress.converters.config import Config
 from llmcompress.converters.decoder import (
-    ATTENTION, EMBEDDING, MLP, attention_notes, check_square_attention, rotary_decoder_keys,
+    ATTENTION,
+    EMBEDDING,
+    MLP,
+    attention_notes,
+    check_square_attention,
+    rotary_decoder_keys,
 )  # fmt: skip
 from llmcompress.converters.rope import rope_tensors, rotary_dimensions
+
 from llmcompress.gguf.value import Metadata, u32
 
 
 def phi3_keys(config: Config) -> Metadata:
     trained = config.get("original_max_position_embeddings", default=config.need("max_position_embeddings"))
-    return {"rope.scaling.original_context_length": u32(trained)} | rotary_decoder_keys(config, rope_tensors=True) | {
-        "rope.dimension_count": u32(rotary_dimensions(config)),
-        "attention.sliding_window": u32(config.get("sliding_window", default=0)),
-    }
+    return (
+        {"rope.scaling.original_context_length": u32(trained)}
+        | rotary_decoder_keys(config, rope_tensors=True)
+        | {
+            "rope.dimension_count": u32(rotary_dimensions(config)),
+            "attention.sliding_window": u32(config.get("sliding_window", default=0)),
+        }
+    )
 
 
 def _without_split(table: dict, *modules: str) -> dict:

@@ -17,6 +17,7 @@ from functools import cache
 from pathlib import Path
 
 from llmcompress.converters.tokenizer_files import pattern_of
+
 from llmcompress.errors import TokenizerError, nearest
 
 # What ByteLevel splits by: GPT-2's regex.

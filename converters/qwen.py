@@ -5,9 +5,18 @@ from __future__ import annotations
 from llmcompress.converters.architecture import Architecture, to
 from llmcompress.converters.config import Config
 from llmcompress.converters.decoder import (
-    ATTENTION, EMBEDDING, FUSED_EXPERTS, MLP, QK_NORM, QKV_BIASES, check_square_attention, expert_keys, rotary_decoder_keys,
+    ATTENTION,
+    EMBEDDING,
+    FUSED_EXPERTS,
+    MLP,
+    QK_NORM,
+    QKV_BIASES,
+    check_square_attention,
+    expert_keys,
+    rotary_decoder_keys,
 )  # fmt: skip
 from llmcompress.converters.rope import rope_notes
+
 from llmcompress.gguf.value import Metadata, u32
 
 

@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-
 from llmcompress.converters.config import Config, is_number
+
 from llmcompress.errors import PlanError, shown
 from llmcompress.gguf.value import Metadata, f32, string, u32
 
@@ -31,13 +31,17 @@ def rope_parameters(config: Config, layer_type: str = "full_attention") -> dict[
         found = found[layer_type]
     scaling: Mapping[str, Any] = config.get("rope_scaling", default={})
     parameters = {"rope_theta": config.get("rope_theta", "rotary_emb_base", default=_DEFAULT_BASE)}
-    parameters |= {name: value for source in (scaling, found) for name, value in source.items() if value is not None}
+    parameters |= {
+        name: value for source in (scaling, found) for name, value in source.items() if value is not None
+    }
     parameters["rope_type"] = str(parameters.get("rope_type") or parameters.pop("type", None) or "default")
     if "long_factor" in parameters:  # the first Phi-3 configs call it "su" or "yarn"
         parameters["rope_type"] = "longrope"
     for name in _NUMBERS:
         if name in parameters and not is_number(parameters[name]):
-            raise PlanError(f"config.json: rope's {name} is {shown(parameters[name])}, it must be a number above zero")
+            raise PlanError(
+                f"config.json: rope's {name} is {shown(parameters[name])}, it must be a number above zero"
+            )
     return parameters
 
 
@@ -52,7 +56,9 @@ def rope_keys(config: Config, tensors: bool = False) -> Metadata:
     if kind not in _SCALING:
         raise PlanError(f"config.json: rope type {kind!r} is unknown; known are {', '.join(_SCALING)}")
     if kind in _BY_TENSORS and not tensors:
-        raise PlanError(f"config.json: rope type {kind!r} is one that llama.cpp cannot compute for this class of models")
+        raise PlanError(
+            f"config.json: rope type {kind!r} is one that llama.cpp cannot compute for this class of models"
+        )
     return keys | _SCALING[kind](parameters, config)
 
 
@@ -60,7 +66,9 @@ def rope_notes(config: Config) -> list[str]:
     """What llama.cpp does otherwise, or leaves out, of this model's rotary embedding."""
     parameters, length = rope_parameters(config), config.need("max_position_embeddings")
     if parameters["rope_type"] == "dynamic":
-        return [f"rope scaling 'dynamic' is left out: llama.cpp has none; contexts beyond {length} tokens will differ"]
+        return [
+            f"rope scaling 'dynamic' is left out: llama.cpp has none; contexts beyond {length} tokens will differ"
+        ]
     if parameters["rope_type"] == "longrope" and (trained := _trained_length(parameters, config)) < length:
         return [f"rope scaling 'longrope': llama.cpp takes the long factors when its context is beyond {trained} tokens, "
                 "transformers when the text is"]  # fmt: skip
@@ -76,13 +84,18 @@ def rope_tensors(config: Config) -> dict[str, np.ndarray]:
     if parameters["rope_type"] == "llama3":
         return {"rope_freqs.weight": _llama3_factors(parameters, rotary_dimensions(config), config)}
     if parameters["rope_type"] == "longrope":
-        return {f"rope_factors_{kind}.weight": _longrope_factors(parameters, kind, config) for kind in ("long", "short")}
+        return {
+            f"rope_factors_{kind}.weight": _longrope_factors(parameters, kind, config)
+            for kind in ("long", "short")
+        }
     return {}
 
 
 def rotary_dimensions(config: Config) -> int:
     """How many of a head's dimensions are rotated."""
-    share = config.get("partial_rotary_factor", default=rope_parameters(config).get("partial_rotary_factor", 1.0))
+    share = config.get(
+        "partial_rotary_factor", default=rope_parameters(config).get("partial_rotary_factor", 1.0)
+    )
     return int(config.head_dim * share)
 
 
@@ -101,7 +114,9 @@ def _longrope_factors(parameters: Mapping[str, Any], kind: str, config: Config) 
     factors = parameters.get(f"{kind}_factor", [])
     expected = rotary_dimensions(config) // 2
     if not isinstance(factors, list) or not all(map(is_number, factors)):
-        raise PlanError(f"config.json: rope's {kind}_factor is {shown(factors)}, it must be {expected} numbers above zero")
+        raise PlanError(
+            f"config.json: rope's {kind}_factor is {shown(factors)}, it must be {expected} numbers above zero"
+        )
     if len(factors) != expected:
         raise PlanError(f"config.json: rope's {kind}_factor has {len(factors)} values, {expected} are needed")
     return np.asarray(factors, np.float32)
@@ -109,28 +124,38 @@ def _longrope_factors(parameters: Mapping[str, Any], kind: str, config: Config) 
 
 def _trained_length(parameters: Mapping[str, Any], config: Config, default: int | None = None) -> int:
     """The context before scaling."""
-    found = parameters.get("original_max_position_embeddings") or config.get("original_max_position_embeddings")
+    found = parameters.get("original_max_position_embeddings") or config.get(
+        "original_max_position_embeddings"
+    )
     length = int(found or default or config.need("max_position_embeddings"))
     if length < 2:
-        raise PlanError(f"config.json: rope scaling of a context of {length} tokens; take the file from the model's page")
+        raise PlanError(
+            f"config.json: rope scaling of a context of {length} tokens; take the file from the model's page"
+        )
     return length
 
 
 def _factor(parameters: Mapping[str, Any], config: Config) -> float:
     """How much longer the context was made; its ratio where no number is given."""
-    return parameters.get("factor") or config.need("max_position_embeddings") / _trained_length(parameters, config)
+    return parameters.get("factor") or config.need("max_position_embeddings") / _trained_length(
+        parameters, config
+    )
 
 
 def _linear(parameters: Mapping[str, Any], config: Config) -> Metadata:
     if "factor" not in parameters:
-        raise PlanError("config.json: the linear rope scaling has no factor; take the file from the model's page")
+        raise PlanError(
+            "config.json: the linear rope scaling has no factor; take the file from the model's page"
+        )
     return {"rope.scaling.type": string("linear"), "rope.scaling.factor": f32(parameters["factor"])}
 
 
 def _yarn(parameters: Mapping[str, Any], config: Config) -> Metadata:
     for key, known in (("beta_fast", 32), ("beta_slow", 1), ("truncate", True)):
         if parameters.get(key) not in (None, known):
-            raise PlanError(f"config.json: yarn's {key} is {parameters[key]}; llama.cpp computes as if it were {known}")
+            raise PlanError(
+                f"config.json: yarn's {key} is {parameters[key]}; llama.cpp computes as if it were {known}"
+            )
     factor = _factor(parameters, config)
     keys = {
         "rope.scaling.type": string("yarn"),
@@ -140,7 +165,9 @@ def _yarn(parameters: Mapping[str, Any], config: Config) -> Metadata:
     usual = _yarn_attention(factor)
     attention = parameters.get("attention_factor")
     if attention is None and parameters.get("mscale") and parameters.get("mscale_all_dim"):
-        attention = _yarn_attention(factor, parameters["mscale"]) / _yarn_attention(factor, parameters["mscale_all_dim"])
+        attention = _yarn_attention(factor, parameters["mscale"]) / _yarn_attention(
+            factor, parameters["mscale_all_dim"]
+        )
     # llama.cpp multiplies the usual one by this
     return keys if attention is None else keys | {"rope.scaling.attn_factor": f32(attention / usual)}
 

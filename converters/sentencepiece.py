@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from llmcompress.small_file import read_bytes
 from llmcompress.errors import TokenizerError
+from llmcompress.small_file import read_bytes
 
 UNIGRAM, BPE = 1, 2
 

@@ -33,7 +33,9 @@ def _expected(keys: Mapping[str, Any], tokens: int) -> dict[str, tuple[int, ...]
         "token_embd": (tokens, hidden),
         "position_embd": (keys["context_length"], hidden),
         "output": (tokens, hidden),
-        **dict.fromkeys(("output_norm", "attn_norm", "ffn_norm", "post_attention_norm", "post_ffw_norm"), (hidden,)),
+        **dict.fromkeys(
+            ("output_norm", "attn_norm", "ffn_norm", "post_attention_norm", "post_ffw_norm"), (hidden,)
+        ),
         **dict.fromkeys(("attn_q_norm", "attn_k_norm"), (size,)),
         "attn_q": (query, hidden),
         "attn_k": (key, hidden),

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from llmcompress.checkpoint import Checkpoint
 from llmcompress.converters.architecture import Architecture, steps_of
 from llmcompress.converters.config import Config
 from llmcompress.converters.families import find_architecture
 from llmcompress.converters.metadata import general_metadata
 from llmcompress.converters.tokenizer import read_vocabulary
+
+from llmcompress.checkpoint import Checkpoint
 from llmcompress.fallback import MeasuredFallback
 from llmcompress.filetypes import tensor_order
 from llmcompress.gguf.imatrix import read_imatrix

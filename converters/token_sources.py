@@ -6,6 +6,7 @@ from llmcompress.converters import merges as bpe
 from llmcompress.converters import sentencepiece
 from llmcompress.converters.token_table import TokenTable, TokenType
 from llmcompress.converters.tokenizer_files import TokenizerFiles
+
 from llmcompress.errors import TokenizerError
 
 _LARGEST_SCORE = 3e38  # of a float32

@@ -7,6 +7,7 @@ from collections import Counter
 from enum import IntEnum
 
 from llmcompress.converters.tokenizer_files import AddedToken
+
 from llmcompress.errors import TokenizerError
 
 _LARGEST = 1 << 21  # rows; eight times the largest vocabulary there is

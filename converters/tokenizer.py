@@ -18,6 +18,7 @@ from llmcompress.converters.token_table import TokenTable
 from llmcompress.converters.tokenizer_differences import find_differences
 from llmcompress.converters.tokenizer_files import TokenizerFiles, configs_of, read_files
 from llmcompress.converters.vocabulary import Vocabulary
+
 from llmcompress.errors import TokenizerError
 
 __all__ = ["Vocabulary", "read_vocabulary"]

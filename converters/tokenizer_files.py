@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from llmcompress.converters.sentencepiece import SentencePieceModel, read_sentencepiece
-from llmcompress.small_file import read_text
+
 from llmcompress.errors import TokenizerError
 from llmcompress.json_object import read_object
+from llmcompress.small_file import read_text
 
 _SEQUENCES = ("normalizers", "pretokenizers", "processors", "decoders")
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from llmcompress.converters.chat_template import DEFAULT
 from llmcompress.converters.normalization import Normalization
 from llmcompress.converters.special_tokens import KEYS, SpecialTokens
+
 from llmcompress.gguf.value import Metadata, ValueType, array, boolean, string, u32
 
 

@@ -24,24 +24,95 @@ app = typer.Typer(
 
 CONVERT_TYPES = ("auto", "F32", "F16", "BF16", "Q8_0")
 
-Model = Annotated[str, typer.Argument(help="A model directory, or a hub id such as org/name or org/name@revision.")]
-Out = Annotated[str, typer.Option("-o", "--output", metavar="PATH", help="A file, a folder, or a template with {name} and {type}.")]
-Types = Annotated[Optional[list[str]], typer.Option("--type", "-t", metavar="TYPE", help="File type such as Q4_K_M; repeat for several files from one read.  [default: Q4_K_M, of convert auto]")]
-TensorTypes = Annotated[Optional[list[str]], typer.Option("--tensor-type", metavar="PATTERN=TYPE", help="Type of the tensors whose GGUF name the pattern is found in; the first match wins.")]
-OutputType = Annotated[Optional[str], typer.Option("--output-tensor-type", metavar="TYPE", help="Type of output.weight.")]
-EmbeddingType = Annotated[Optional[str], typer.Option("--token-embedding-type", metavar="TYPE", help="Type of token_embd.weight.")]
+Model = Annotated[
+    str, typer.Argument(help="A model directory, or a hub id such as org/name or org/name@revision.")
+]
+Out = Annotated[
+    str,
+    typer.Option(
+        "-o", "--output", metavar="PATH", help="A file, a folder, or a template with {name} and {type}."
+    ),
+]
+Types = Annotated[
+    Optional[list[str]],
+    typer.Option(
+        "--type",
+        "-t",
+        metavar="TYPE",
+        help="File type such as Q4_K_M; repeat for several files from one read.  [default: Q4_K_M, of convert auto]",
+    ),
+]
+TensorTypes = Annotated[
+    Optional[list[str]],
+    typer.Option(
+        "--tensor-type",
+        metavar="PATTERN=TYPE",
+        help="Type of the tensors whose GGUF name the pattern is found in; the first match wins.",
+    ),
+]
+OutputType = Annotated[
+    Optional[str], typer.Option("--output-tensor-type", metavar="TYPE", help="Type of output.weight.")
+]
+EmbeddingType = Annotated[
+    Optional[str], typer.Option("--token-embedding-type", metavar="TYPE", help="Type of token_embd.weight.")
+]
 Pure = Annotated[bool, typer.Option("--pure", help="One type for all tensors, no mix.")]
-LeaveOutput = Annotated[bool, typer.Option("--leave-output-tensor", help="Keep output.weight as the checkpoint has it.")]
-Fallback = Annotated[Optional[str], typer.Option("--fallback", metavar="WHOSE", help="Types for rows that do not divide into blocks: llama.cpp's, or the best measured.  [default: llama.cpp]")]
-Imatrix = Annotated[Optional[str], typer.Option("--imatrix", metavar="FILE", help="Importance matrix: a GGUF or .dat by llama-imatrix.")]
-Effort = Annotated[Optional[str], typer.Option("--effort", metavar="EFFORT", help="How long to search for the best scales: fast, normal or best.  [default: normal]")]
-Pre = Annotated[Optional[str], typer.Option("--pre", metavar="NAME", help="Name of the pre-tokenizer, where it cannot be found.")]
-Name = Annotated[Optional[str], typer.Option("--name", metavar="NAME", help="The model's name in the file (general.name).")]
-Split = Annotated[Optional[str], typer.Option("--split-max-size", metavar="SIZE", help="Write shards of at most this size, such as 4G.")]
-MaxRam = Annotated[Optional[str], typer.Option("--max-ram", metavar="SIZE", help="Memory above the interpreter and its libraries.  [default: 512MiB]")]
-Threads = Annotated[Optional[int], typer.Option("--threads", metavar="N", help="Workers.  [default: one more than the cores there are]")]
-Verify = Annotated[Optional[str], typer.Option("--verify", metavar="ROWS", help="Rows to decode and compare afterwards: off, sample or full.  [default: sample]")]
-RecipeFile = Annotated[Optional[str], typer.Option("--recipe", metavar="FILE", help="YAML file with any of these; a flag wins over it.")]
+LeaveOutput = Annotated[
+    bool, typer.Option("--leave-output-tensor", help="Keep output.weight as the checkpoint has it.")
+]
+Fallback = Annotated[
+    Optional[str],
+    typer.Option(
+        "--fallback",
+        metavar="WHOSE",
+        help="Types for rows that do not divide into blocks: llama.cpp's, or the best measured.  [default: llama.cpp]",
+    ),
+]
+Imatrix = Annotated[
+    Optional[str],
+    typer.Option("--imatrix", metavar="FILE", help="Importance matrix: a GGUF or .dat by llama-imatrix."),
+]
+Effort = Annotated[
+    Optional[str],
+    typer.Option(
+        "--effort",
+        metavar="EFFORT",
+        help="How long to search for the best scales: fast, normal or best.  [default: normal]",
+    ),
+]
+Pre = Annotated[
+    Optional[str],
+    typer.Option("--pre", metavar="NAME", help="Name of the pre-tokenizer, where it cannot be found."),
+]
+Name = Annotated[
+    Optional[str], typer.Option("--name", metavar="NAME", help="The model's name in the file (general.name).")
+]
+Split = Annotated[
+    Optional[str],
+    typer.Option("--split-max-size", metavar="SIZE", help="Write shards of at most this size, such as 4G."),
+]
+MaxRam = Annotated[
+    Optional[str],
+    typer.Option(
+        "--max-ram", metavar="SIZE", help="Memory above the interpreter and its libraries.  [default: 512MiB]"
+    ),
+]
+Threads = Annotated[
+    Optional[int],
+    typer.Option("--threads", metavar="N", help="Workers.  [default: one more than the cores there are]"),
+]
+Verify = Annotated[
+    Optional[str],
+    typer.Option(
+        "--verify",
+        metavar="ROWS",
+        help="Rows to decode and compare afterwards: off, sample or full.  [default: sample]",
+    ),
+]
+RecipeFile = Annotated[
+    Optional[str],
+    typer.Option("--recipe", metavar="FILE", help="YAML file with any of these; a flag wins over it."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")]
 
@@ -71,7 +142,9 @@ def reported(command: Callable) -> Callable:
     return wrapped
 
 
-def job(name: str, summary: str, types: tuple[str, ...], allowed: tuple[str, ...] = (), dry: bool = False) -> None:
+def job(
+    name: str, summary: str, types: tuple[str, ...], allowed: tuple[str, ...] = (), dry: bool = False
+) -> None:
     """Register a command that makes GGUF files: they differ in default types and in whether they run."""
 
     @app.command(name, help=summary)
@@ -95,7 +168,9 @@ def job(name: str, summary: str, types: tuple[str, ...], allowed: tuple[str, ...
         merged = _recipe(recipe, {key: value for key, value in flags.items() if value is not None}, types)
         for given in merged.types:
             if allowed and given.upper() not in (word.upper() for word in allowed):
-                raise RecipeError(f"--type {given}: {name} writes {', '.join(allowed)}; for {given} use quantize")
+                raise RecipeError(
+                    f"--type {given}: {name} writes {', '.join(allowed)}; for {given} use quantize"
+                )
         _carry_out(model, out, merged, as_json, dry or dry_run)
 
 
@@ -143,7 +218,12 @@ def _print(data: dict[str, Any]) -> None:
 
 job("quantize", "Make quantized GGUF files of a model.", types=("Q4_K_M",))
 job("convert", "Make an unquantized (or Q8_0) GGUF file of a model.", types=("auto",), allowed=CONVERT_TYPES)
-job("plan", "Show what quantize would do: every tensor, its type and why, bytes, memory, disk.", types=("Q4_K_M",), dry=True)
+job(
+    "plan",
+    "Show what quantize would do: every tensor, its type and why, bytes, memory, disk.",
+    types=("Q4_K_M",),
+    dry=True,
+)
 
 
 @app.command("inspect")
@@ -169,7 +249,9 @@ def _version(asked: bool) -> None:
 
 @app.callback()
 def options(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None:
     """Options that come before a command."""
 

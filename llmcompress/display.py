@@ -79,7 +79,9 @@ class Log(Progress):
         self._last = now
         rate = self._done / max(now - self._began, 1e-6)
         left = (self._total - self._done) / rate
-        line = f"{self._phase}: {format_size(self._done)} of {format_size(self._total)}, {format_size(rate)}/s"
+        line = (
+            f"{self._phase}: {format_size(self._done)} of {format_size(self._total)}, {format_size(rate)}/s"
+        )
         self.say(line + (f", {left:.0f} s left" if self._done < self._total else ""))
 
     def say(self, line: str) -> None:
@@ -93,14 +95,29 @@ def show_plan(plan: Plan) -> None:
         for step, place in zip(plan.steps, output.placements):
             source = step.dtype if step.pieces else "config"
             how = "" if step.operation.name == "copy" else f" ({step.operation.name})"
-            table.add_row(step.name, _shape(step.shape), source + how, place.grid.name, f"{place.nbytes:,}", place.reason)
+            table.add_row(
+                step.name,
+                _shape(step.shape),
+                source + how,
+                place.grid.name,
+                f"{place.nbytes:,}",
+                place.reason,
+            )
         _out.print(table)
         _out.print(_size_line(output.file_type.name, output.size, _bits(plan, output), _counts(output)))
         for file in output.files:
-            _out.print(f"  to {file.path}" + (" (replaces the file there)" if file.path.exists() else ""), soft_wrap=True)
-    _out.print(f"memory: {format_size(plan.ram)} of --max-ram {format_size(plan.recipe.max_ram)}, {plan.workers} workers")
+            _out.print(
+                f"  to {file.path}" + (" (replaces the file there)" if file.path.exists() else ""),
+                soft_wrap=True,
+            )
+    _out.print(
+        f"memory: {format_size(plan.ram)} of --max-ram {format_size(plan.recipe.max_ram)}, {plan.workers} workers"
+    )
     for disk in disk_needs(plan):
-        _out.print(f"disk: {format_size(disk.needed)} of {format_size(disk.free)} free in {disk.folder}", soft_wrap=True)
+        _out.print(
+            f"disk: {format_size(disk.needed)} of {format_size(disk.free)} free in {disk.folder}",
+            soft_wrap=True,
+        )
     _show_notes(plan.notes)
 
 
@@ -139,7 +156,9 @@ def show_result(result: Result) -> None:
         for path in output.paths:
             _out.print(str(path), style="bold", soft_wrap=True)
     _show_notes(result.notes)
-    resumed = f", {result.slabs_kept} of {result.slabs} slabs kept from an earlier run" if result.slabs_kept else ""
+    resumed = (
+        f", {result.slabs_kept} of {result.slabs} slabs kept from an earlier run" if result.slabs_kept else ""
+    )
     _out.print(f"done in {result.seconds:.1f} s{resumed}")
 
 
@@ -156,7 +175,9 @@ def show_inspection(found: Inspection, tensors: bool = True) -> None:
             table.add_row(row.name, _shape(row.shape), row.type, f"{row.nbytes:,}")
         _out.print(table)
     for total in found.types:
-        _out.print(f"{total.type:>8}: {total.tensors} tensors, {total.parameters:,} weights, {format_size(total.nbytes)}")
+        _out.print(
+            f"{total.type:>8}: {total.tensors} tensors, {total.parameters:,} weights, {format_size(total.nbytes)}"
+        )
     _out.print(
         f"{found.kind} of {len(found.files)} files: {len(found.tensors)} tensors, {found.parameters:,} weights, "
         f"{format_size(found.file_bytes)}, {found.bits_per_weight:.4f} bits per weight"

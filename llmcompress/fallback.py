@@ -46,7 +46,9 @@ class MeasuredFallback:
         if best == choice.type:
             return replace(choice, reason=f"{choice.reason}, the best of {len(rivals)} measured")
         share = errors[best] / errors[choice.type]
-        return replace(choice, type=best, reason=f"{choice.reason}; {best} has {share:.3f} of its squared error")
+        return replace(
+            choice, type=best, reason=f"{choice.reason}; {best} has {share:.3f} of its squared error"
+        )
 
 
 def candidates(usual: Grid, columns: int) -> list[str]:

@@ -42,7 +42,9 @@ class Journal:
     def __enter__(self) -> Journal:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = open(open_locked(self.path, os.O_APPEND), "a+b", buffering=0)  # nothing is left for closing
+            self._file = open(
+                open_locked(self.path, os.O_APPEND), "a+b", buffering=0
+            )  # nothing is left for closing
             self._file.seek(0)
             self._load(self._file.read())
         except OSError as error:
@@ -98,7 +100,9 @@ def cannot_be_written(path: Path, error: OSError) -> InterruptedRun:
     """A failed write as the user reads of it: what is finished stays."""
     remedy = "make room" if error.errno in _NO_ROOM else "see to that"
     where = error.filename or path
-    return InterruptedRun(f"{where}: cannot be written: {error.strerror}; {remedy} and give the same command again")
+    return InterruptedRun(
+        f"{where}: cannot be written: {error.strerror}; {remedy} and give the same command again"
+    )
 
 
 def open_locked(path: Path, flags: int = 0) -> int:

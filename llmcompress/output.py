@@ -9,12 +9,12 @@ from string import Formatter
 
 from llmcompress.errors import PlanError
 from llmcompress.filetypes import FileType, TypeChoice
-from llmcompress.grids import GRIDS
-from llmcompress.grids.grid import Grid
 from llmcompress.gguf.imatrix import ImportanceMatrix
 from llmcompress.gguf.layout import TensorEntry, lay_out, shard_names, split, split_metadata
 from llmcompress.gguf.types import TYPES
 from llmcompress.gguf.value import Metadata, string, u32
+from llmcompress.grids import GRIDS
+from llmcompress.grids.grid import Grid
 from llmcompress.recipe import Recipe
 from llmcompress.step import Step
 
@@ -81,7 +81,9 @@ def typed_metadata(
     its importance matrix."""
     typed = dict(metadata)
     imatrix_name = Path(recipe.imatrix).name if recipe.imatrix else None  # where it lay is nobody's business
-    typed["llmcompress.recipe"] = string(replace(recipe, types=(file_type.name,), imatrix=imatrix_name).as_json())
+    typed["llmcompress.recipe"] = string(
+        replace(recipe, types=(file_type.name,), imatrix=imatrix_name).as_json()
+    )
     typed["general.quantization_version"] = u32(2)
     typed["general.file_type"] = u32(file_type.id)
     if imatrix is not None:
@@ -114,10 +116,10 @@ def _filled(template: str, **values: str) -> str:
     """The template with its fields replaced. Raises KeyError for another field, ValueError for a lone brace."""
     parts = Formatter().parse(template)
     filled = ""
-    for text, field, form, conversion in parts:
+    for text, key, form, conversion in parts:
         if form or conversion:
-            raise ValueError(f"{field} has a format")
-        filled += text + (values[field] if field is not None else "")
+            raise ValueError(f"{key} has a format")
+        filled += text + (values[key] if key is not None else "")
     return filled
 
 

@@ -94,14 +94,25 @@ def make_plan(
     importance, more_notes = _importance(steps, imatrix)
     file_types = list(dict.fromkeys(_file_type(name, steps) for name in recipe.types))
     tensors = [(step.name, step.shape, stored_type(step)) for step in steps]
-    choices = {file_type: choose_types(file_type, tensors, traits, recipe.overrides) for file_type in file_types}
+    choices = {
+        file_type: choose_types(file_type, tensors, traits, recipe.overrides) for file_type in file_types
+    }
     for file_type, chosen in choices.items():
         if refine:
-            chosen[:] = (refine(step, choice, importance.get(step.name)) for step, choice in zip(steps, chosen))
+            chosen[:] = (
+                refine(step, choice, importance.get(step.name)) for step, choice in zip(steps, chosen)
+            )
         _check_importance(file_type, steps, chosen, importance)
     paths = output_paths(out, checkpoint.name, file_types)
     outputs = [
-        place(file_type, path, steps, choices[file_type], typed_metadata(metadata, file_type, recipe, imatrix), recipe)
+        place(
+            file_type,
+            path,
+            steps,
+            choices[file_type],
+            typed_metadata(metadata, file_type, recipe, imatrix),
+            recipe,
+        )
         for file_type, path in zip(file_types, paths)
     ]
     headers = sum(len(file.header) for output in outputs for file in output.files)
@@ -164,20 +175,28 @@ def _file_type(name: str, steps: Sequence[Step]) -> FileType:
     return find_file_type(name)
 
 
-def _importance(steps: Sequence[Step], imatrix: ImportanceMatrix | None) -> tuple[dict[str, np.ndarray], list[str]]:
+def _importance(
+    steps: Sequence[Step], imatrix: ImportanceMatrix | None
+) -> tuple[dict[str, np.ndarray], list[str]]:
     """The importance of each tensor that has one, its size checked, and what is worth saying about it."""
     if imatrix is None:
         return {}, []
     used: dict[str, np.ndarray] = {}
     for step in steps:
         if step.name in imatrix.entries:
-            used[step.name] = imatrix.weights(step.name, step.shape[0] if len(step.shape) > 2 else 1, step.columns)
+            used[step.name] = imatrix.weights(
+                step.name, step.shape[0] if len(step.shape) > 2 else 1, step.columns
+            )
     if not used:
-        raise PlanError(f"{imatrix.source}: none of its {len(imatrix.entries)} entries names a tensor of this model")
+        raise PlanError(
+            f"{imatrix.source}: none of its {len(imatrix.entries)} entries names a tensor of this model"
+        )
     notes = list(imatrix.notes)
     unused = len(imatrix.entries) - len(used)
     if unused:
-        notes.append(f"{imatrix.source}: {unused} of {len(imatrix.entries)} entries name no tensor of this model")
+        notes.append(
+            f"{imatrix.source}: {unused} of {len(imatrix.entries)} entries name no tensor of this model"
+        )
     bare = [s.name for s in steps if len(s.shape) > 1 and s.name.startswith("blk.") and s.name not in used
             and s.name.endswith(".weight") and not s.name.endswith(("_norm.weight", "ffn_gate_inp.weight"))]  # fmt: skip
     if bare:
@@ -186,7 +205,10 @@ def _importance(steps: Sequence[Step], imatrix: ImportanceMatrix | None) -> tupl
 
 
 def _check_importance(
-    file_type: FileType, steps: Sequence[Step], chosen: Sequence[TypeChoice], importance: Mapping[str, np.ndarray]
+    file_type: FileType,
+    steps: Sequence[Step],
+    chosen: Sequence[TypeChoice],
+    importance: Mapping[str, np.ndarray],
 ) -> None:
     for step, choice in zip(steps, chosen):
         if choice.type not in GRIDS:

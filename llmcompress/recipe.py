@@ -48,7 +48,9 @@ class Recipe:
             if name.lower() != "auto":
                 find_file_type(name)
         if self.verify not in VERIFY:
-            raise RecipeError(f"verify: {self.verify!r} is none of {', '.join(VERIFY)}{nearest(self.verify, VERIFY)}")
+            raise RecipeError(
+                f"verify: {self.verify!r} is none of {', '.join(VERIFY)}{nearest(self.verify, VERIFY)}"
+            )
         if self.fallback not in FALLBACKS:
             hint = nearest(self.fallback, FALLBACKS)
             raise RecipeError(f"fallback: {self.fallback!r} is none of {', '.join(FALLBACKS)}{hint}")
@@ -72,7 +74,8 @@ class Recipe:
         return {
             field.name: getattr(self, field.name)
             for field in fields(self)
-            if field.name not in run_only and (field.name == "types" or getattr(self, field.name) != field.default)
+            if field.name not in run_only
+            and (field.name == "types" or getattr(self, field.name) != field.default)
         }
 
     def as_json(self) -> str:
@@ -132,5 +135,7 @@ def read_recipe(path: str | Path, onto: Recipe | None = None) -> Recipe:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise RecipeError(f"{path}: cannot be read as YAML: {' '.join(str(error).split())}") from error
     if not isinstance(data, Mapping):
-        raise RecipeError(f"{path}: a recipe is a mapping such as 'types: [Q4_K_M]', not a {type(data).__name__}")
+        raise RecipeError(
+            f"{path}: a recipe is a mapping such as 'types: [Q4_K_M]', not a {type(data).__name__}"
+        )
     return parse_recipe(data, onto, label=lambda key: f"{path}: {key}")

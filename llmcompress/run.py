@@ -21,8 +21,8 @@ from llmcompress.errors import GGUFError, RunError
 from llmcompress.grids.compiling import prepare_kernels
 from llmcompress.grids.grid import Grid
 from llmcompress.journal import Journal, Sums, cannot_be_written, open_locked, sync
-from llmcompress.parallel import in_parallel
 from llmcompress.output import OutputFile, Placement, part_path
+from llmcompress.parallel import in_parallel
 from llmcompress.plan import Plan, check_disk
 from llmcompress.progress import Progress
 from llmcompress.report import Result, make_result
@@ -152,7 +152,9 @@ def _write_slabs(plan: Plan, parts: Parts, journal: Journal, progress: Progress)
     progress.start("writing", sum(plan.steps[slab.step].source_bytes(slab.rows) for slab in plan.slabs()))
     last = time.monotonic()
     try:
-        with closing(in_parallel(plan.workers, enumerate(plan.slabs()), partial(_do_slab, plan, parts, journal))) as slabs:
+        with closing(
+            in_parallel(plan.workers, enumerate(plan.slabs()), partial(_do_slab, plan, parts, journal))
+        ) as slabs:
             for slab, written in slabs:
                 finished |= written
                 kept += not written
@@ -172,7 +174,9 @@ def _commit(parts: Parts, journal: Journal, finished: dict[int, Sums]) -> dict[i
     return {}
 
 
-def _do_slab(plan: Plan, parts: Parts, journal: Journal, numbered: tuple[int, Slab]) -> tuple[Slab, dict[int, Sums]]:
+def _do_slab(
+    plan: Plan, parts: Parts, journal: Journal, numbered: tuple[int, Slab]
+) -> tuple[Slab, dict[int, Sums]]:
     """Write one slab to every output, unless an earlier run did and its bytes are still there.
 
     Returns the sums of what was written by the slab's number: nothing where nothing was."""
@@ -184,7 +188,9 @@ def _do_slab(plan: Plan, parts: Parts, journal: Journal, numbered: tuple[int, Sl
     weights = read_slab(plan.checkpoint, step, slab)
     importance, effort = _importance(plan, step, slab), plan.recipe.effort
     sums = tuple(
-        parts.write(number, place, _position(step, slab, place), weights.encoded(place.grid, importance, effort))
+        parts.write(
+            number, place, _position(step, slab, place), weights.encoded(place.grid, importance, effort)
+        )
         for number, place in places
     )
     return slab, {index: sums}
@@ -215,7 +221,9 @@ def _write(descriptor: int, data: memoryview, position: int) -> None:
 
 def _is_whole(file: OutputFile) -> bool:
     """Whether a checked file is still there, under one of its two names."""
-    return any(path.is_file() and path.stat().st_size == file.size for path in (part_path(file.path), file.path))
+    return any(
+        path.is_file() and path.stat().st_size == file.size for path in (part_path(file.path), file.path)
+    )
 
 
 def _rename(plan: Plan) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 from llmcompress.errors import CheckpointError, shown
 from llmcompress.json_object import parse_object
 from llmcompress.small_file import LARGEST
-from llmcompress.tensor_info import DTYPE_BITS, TensorInfo, is_shape, is_size
+from llmcompress.tensor_info import DTYPE_BITS, TensorInfo, is_shape
 
 
 @dataclass(frozen=True)

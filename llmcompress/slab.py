@@ -9,8 +9,8 @@ import numpy as np
 
 from llmcompress.checkpoint import READABLE, Checkpoint
 from llmcompress.errors import RunError
-from llmcompress.grids.grid import Grid
 from llmcompress.grids.floats import count_saturated, first_nonfinite, to_float32
+from llmcompress.grids.grid import Grid
 from llmcompress.step import Piece, Slab, Step
 
 LARGEST = {"F16": 65504.0, "BF16": 3.3895314e38}
@@ -48,7 +48,9 @@ class Weights:
 def read_slab(checkpoint: Checkpoint, step: Step, slab: Slab) -> Weights:
     """Read a slab's weights and check them. Raises RunError naming the first NaN or infinity."""
     if step.computed is not None:
-        return Weights(step, step.computed.reshape(step.rows, step.columns)[slab.first : slab.first + slab.rows], "F32")
+        return Weights(
+            step, step.computed.reshape(step.rows, step.columns)[slab.first : slab.first + slab.rows], "F32"
+        )
     piece, first = _piece_at(step, slab)
     read = _read_transposed if step.operation.transposed else _read_rows
     raw = read(checkpoint, piece, first, slab.rows)

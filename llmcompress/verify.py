@@ -11,8 +11,8 @@ import numpy as np
 
 from llmcompress.errors import RunError
 from llmcompress.gguf.reader import GGUFFile
-from llmcompress.parallel import in_parallel
 from llmcompress.output import part_path
+from llmcompress.parallel import in_parallel
 from llmcompress.plan import Plan
 from llmcompress.progress import Progress
 from llmcompress.slab import read_slab
@@ -62,7 +62,9 @@ def verify(plan: Plan, progress: Progress) -> dict[tuple[int, int], Fidelity]:
         slabs = list(plan.slabs() if plan.recipe.verify == "full" else sample_slabs(plan))
         progress.start("checking", sum(plan.steps[slab.step].source_bytes(slab.rows) for slab in slabs))
         found: dict[tuple[int, int], list[tuple[int, Fidelity]]] = {}
-        with closing(in_parallel(plan.workers, slabs, lambda slab: (slab, _compare(plan, files, slab)))) as compared:
+        with closing(
+            in_parallel(plan.workers, slabs, lambda slab: (slab, _compare(plan, files, slab)))
+        ) as compared:
             for slab, measured in compared:
                 for number, fidelity in enumerate(measured):
                     found.setdefault((number, slab.step), []).append((slab.first, fidelity))
@@ -85,7 +87,9 @@ def _check_tables(plan: Plan, files: list[list[GGUFFile]]) -> None:
     for file in plan.files:
         with part_path(file.path).open("rb") as written:
             if written.read(len(file.header)) != file.header:
-                raise RunError(f"{file.path}: its header reads back otherwise than written; see whether the disk is sound")
+                raise RunError(
+                    f"{file.path}: its header reads back otherwise than written; see whether the disk is sound"
+                )
     for output, shards in zip(plan.outputs, files):
         for step, place in zip(plan.steps, output.placements):
             file = shards[place.file]
@@ -110,7 +114,9 @@ def _compare(plan: Plan, files: list[list[GGUFFile]], slab: Slab) -> list[Fideli
         np.subtract(decoded, source.float32, out=decoded)
         fidelity = Fidelity(slab.rows, _squares(decoded), _squares(source.float32))
         if place.grid.name == step.dtype and step.operation.compute is None and fidelity.squared_error:
-            raise RunError(f"{file.path}: {step.name} was copied and yet differs from its source near row {slab.first}")
+            raise RunError(
+                f"{file.path}: {step.name} was copied and yet differs from its source near row {slab.first}"
+            )
         measured.append(fidelity)
     return measured
 

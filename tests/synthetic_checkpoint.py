@@ -40,12 +40,17 @@ class Llama:
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         kv = self.hidden // self.heads * self.kv_heads
-        shapes = {"model.embed_tokens.weight": (self.tokens, self.hidden), "model.norm.weight": (self.hidden,)}
+        shapes = {
+            "model.embed_tokens.weight": (self.tokens, self.hidden),
+            "model.norm.weight": (self.hidden,),
+        }
         for layer in range(self.layers):
             block = f"model.layers.{layer}."
             shapes |= {block + f"self_attn.{p}_proj.weight": (self.hidden, self.hidden) for p in "qo"}
             shapes |= {block + f"self_attn.{p}_proj.weight": (kv, self.hidden) for p in "kv"}
-            shapes |= {block + f"mlp.{p}_proj.weight": (self.feed_forward, self.hidden) for p in ("gate", "up")}
+            shapes |= {
+                block + f"mlp.{p}_proj.weight": (self.feed_forward, self.hidden) for p in ("gate", "up")
+            }
             shapes[block + "mlp.down_proj.weight"] = (self.hidden, self.feed_forward)
             shapes |= {block + f"{p}_layernorm.weight": (self.hidden,) for p in ("input", "post_attention")}
         return shapes | {"lm_head.weight": (self.tokens, self.hidden)}

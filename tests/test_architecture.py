@@ -10,14 +10,14 @@ from math import prod
 from pathlib import Path
 
 import pytest
-
 from llmcompress.converters.families import CLASSES
 from llmcompress.converters.to_gguf import plan_gguf
+from synthetic_checkpoint import Llama, write_checkpoint
+
 from llmcompress.errors import CheckpointError, PlanError
 from llmcompress.plan import Plan
 from llmcompress.recipe import Recipe
 from llmcompress.tensor_info import DTYPE_BITS
-from synthetic_checkpoint import Llama, write_checkpoint
 
 LAYER = "model.layers.0."
 Shapes = dict[str, tuple[int, ...]]
@@ -86,18 +86,24 @@ def test_a_layer_beyond_the_configs_is_refused(tmp_path):
 
 @pytest.mark.parametrize("layer", ["00", "٠", "+0", "-1"])
 def test_a_layer_has_one_spelling(layer, tmp_path):
-    with pytest.raises(PlanError, match="no rule for a tensor of this name.*did you mean 'layers.0.input_layernorm"):
+    with pytest.raises(
+        PlanError, match="no rule for a tensor of this name.*did you mean 'layers.0.input_layernorm"
+    ):
         plan_of(tmp_path, {f"model.layers.{layer}.input_layernorm.weight": (256,)})
 
 
 @pytest.mark.parametrize("dtype", ["F64", "I16", "F8_E4M3"])
 def test_a_type_that_cannot_be_read_is_refused_before_anything_is_written(dtype, tmp_path):
-    with pytest.raises(CheckpointError, match=f"tensor 'model.norm.weight' is {dtype}, not one of F32, F16, BF16"):
+    with pytest.raises(
+        CheckpointError, match=f"tensor 'model.norm.weight' is {dtype}, not one of F32, F16, BF16"
+    ):
         plan_of(tmp_path, {}, dtypes={"model.norm.weight": dtype})
 
 
 def test_a_dense_model_whose_config_counts_experts_is_dense():
-    config = CLASSES["LlamaForCausalLM"].config(Llama().config | {"num_local_experts": 8, "num_experts_per_tok": 2})
+    config = CLASSES["LlamaForCausalLM"].config(
+        Llama().config | {"num_local_experts": 8, "num_experts_per_tok": 2}
+    )
     assert not any("expert" in key for key in CLASSES["LlamaForCausalLM"].keys(config))
 
 

@@ -8,24 +8,32 @@ import numpy as np
 import pytest
 import torch
 import transformers
-
-import llmcompress
 from llama_cpp import Model
 from tiny_models import BYTE_BPE, FUSED, MODELS, SENTENCEPIECE, build
 
+import llmcompress
+
 NAMES = [*MODELS, *(f"{name}-fused" for name in FUSED)]
 TOKENS = 96  # enough for sliding windows of 16 and the long-context scalings to show
-TEXT = "Once upon a time there was a little girl. She said: 'Prince Andrew, what is 12 + 30?' def f(x): return x * 2\n" * 4
+TEXT = (
+    "Once upon a time there was a little girl. She said: 'Prince Andrew, what is 12 + 30?' def f(x): return x * 2\n"
+    * 4
+)
 
 
 @pytest.fixture(scope="session")
 def tokenizers(root: Path) -> dict[str, Path]:
-    return {BYTE_BPE: root / "examples" / "sample-llama-6m", SENTENCEPIECE: root / "tests" / "data" / "stories260K"}
+    return {
+        BYTE_BPE: root / "examples" / "sample-llama-6m",
+        SENTENCEPIECE: root / "tests" / "data" / "stories260K",
+    }
 
 
 def expected(folder: Path, ids: list[int]) -> np.ndarray:
     """transformers' logits, float32 `(tokens, vocabulary)`."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    )
     with torch.no_grad():
         return model(torch.tensor([ids])).logits[0].numpy()
 
@@ -34,7 +42,9 @@ def expected(folder: Path, ids: list[int]) -> np.ndarray:
 
 
 def ids_of(folder: Path) -> list[int]:
-    return transformers.AutoTokenizer.from_pretrained(folder)(TEXT, add_special_tokens=False)["input_ids"][:TOKENS]
+    return transformers.AutoTokenizer.from_pretrained(folder)(TEXT, add_special_tokens=False)["input_ids"][
+        :TOKENS
+    ]
 
 
 def assert_same_logits(found: np.ndarray, wanted: np.ndarray, share: float) -> None:

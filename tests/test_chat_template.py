@@ -5,9 +5,8 @@ from pathlib import Path
 
 import pytest
 import transformers
-from tokenizer_material import config, copy_sample, read_json
-
 from llmcompress.converters.tokenizer import read_vocabulary
+from tokenizer_material import config, copy_sample, read_json
 
 
 @pytest.fixture

@@ -229,7 +229,10 @@ def test_spoiled_directories(tmp_path, spoil, message):
 
 @pytest.mark.parametrize(
     "config, method",
-    [({"quantization_config": {"quant_method": "gptq"}}, "gptq"), ({"text_config": {"quantization_config": "fp8"}}, "fp8")],
+    [
+        ({"quantization_config": {"quant_method": "gptq"}}, "gptq"),
+        ({"text_config": {"quantization_config": "fp8"}}, "fp8"),
+    ],
 )
 def test_quantized_weights_are_listed_but_not_plain(tmp_path, config, method):
     directory = write(tmp_path / "tiny", LAYOUTS[1])

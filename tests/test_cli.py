@@ -28,10 +28,16 @@ def place(root: Path, tmp_path: Path) -> Path:
 BAD = {
     "no such directory": (["quantize", "examples/sample-llama-6n"], "sample-llama-6m"),
     "no such type": (["quantize", SAMPLE, "--type", "Q4_K_X"], "'Q4_K_X'; did you mean"),
-    "no pair": (["quantize", SAMPLE, "--tensor-type", "attn_v"], "--tensor-type attn_v: write it as PATTERN=TYPE"),
+    "no pair": (
+        ["quantize", SAMPLE, "--tensor-type", "attn_v"],
+        "--tensor-type attn_v: write it as PATTERN=TYPE",
+    ),
     "no size": (["quantize", SAMPLE, "--max-ram", "lots"], "--max-ram: 'lots' is not a size"),
     "little memory": (["quantize", SAMPLE, "--max-ram", "1k"], "is too little"),
-    "two types, one name": (["quantize", SAMPLE, "-o", "x.gguf", "-t", "Q8_0,F16"], "put {type} into the name"),
+    "two types, one name": (
+        ["quantize", SAMPLE, "-o", "x.gguf", "-t", "Q8_0,F16"],
+        "put {type} into the name",
+    ),
     "no float type": (["convert", SAMPLE, "--type", "Q4_K_M"], "convert writes auto, F32, F16, BF16, Q8_0"),
     "no importance file": (["quantize", SAMPLE, "--imatrix", "nowhere.dat"], "nowhere.dat"),
     "no recipe": (["quantize", SAMPLE, "--recipe", "nowhere.yaml"], "nowhere.yaml"),
@@ -78,9 +84,14 @@ def test_the_plan_names_every_tensor_its_type_and_why(place: Path) -> None:
 def test_a_recipe_file_is_the_same_as_flags_and_flags_win(place: Path) -> None:
     (place / "r.yaml").write_text("types: [Q8_0]\ntensor_types: {attn_v: Q6_K}\n")
     by_file = llmcompress("quantize", SAMPLE, "-o", "a.gguf", "--recipe", "r.yaml", "--json", cwd=place)
-    by_flags = llmcompress("quantize", SAMPLE, "-o", "b.gguf", "-t", "q8_0", "--tensor-type", "attn_v=q6_k", "--json", cwd=place)
+    by_flags = llmcompress(
+        "quantize", SAMPLE, "-o", "b.gguf", "-t", "q8_0", "--tensor-type", "attn_v=q6_k", "--json", cwd=place
+    )
     assert by_file.returncode == by_flags.returncode == 0
-    types = [[tensor["type"] for tensor in json.loads(done.stdout)["outputs"][0]["tensors"]] for done in (by_file, by_flags)]
+    types = [
+        [tensor["type"] for tensor in json.loads(done.stdout)["outputs"][0]["tensors"]]
+        for done in (by_file, by_flags)
+    ]
     assert types[0] == types[1] and {"Q6_K", "Q8_0", "F32"} == set(types[0])
     both = llmcompress("plan", SAMPLE, "--recipe", "r.yaml", "-t", "F16", "--json", cwd=place)
     assert json.loads(both.stdout)["outputs"][0]["type"] == "F16"
@@ -114,7 +125,9 @@ def test_a_terminal_gets_a_bar(place: Path) -> None:
 
 def test_output_cut_off_by_its_reader_is_no_error(place: Path) -> None:
     command = f"{sys.executable} -m llmcompress plan {SAMPLE} --json | head -c 10"
-    done = subprocess.run(["bash", "-o", "pipefail", "-c", command], cwd=place, capture_output=True, text=True)
+    done = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", command], cwd=place, capture_output=True, text=True
+    )
     assert done.stderr == "" and done.stdout == '{\n "name": '[:10]
 
 
@@ -131,7 +144,11 @@ def test_a_full_standard_output_is_one_line(place: Path, more: list[str]) -> Non
 def test_inspect_shows_files_and_directories(place: Path) -> None:
     assert llmcompress("quantize", SAMPLE, "-o", "x.gguf", "-t", "Q8_0", cwd=place).returncode == 0
     shown = llmcompress("inspect", "x.gguf", cwd=place).stdout
-    assert "general.architecture" in shown and "blk.0.attn_q.weight" in shown and "8.5136 bits per weight" in shown
+    assert (
+        "general.architecture" in shown
+        and "blk.0.attn_q.weight" in shown
+        and "8.5136 bits per weight" in shown
+    )
     short = llmcompress("inspect", "x.gguf", "--no-tensors", cwd=place).stdout
     assert "blk.0.attn_q.weight" not in short and "Q8_0" in short
     assert "16.0000 bits per weight" in llmcompress("inspect", SAMPLE, cwd=place).stdout
@@ -144,5 +161,14 @@ def test_version_and_help(place: Path) -> None:
     overview = llmcompress("--help", cwd=place).stdout
     assert all(word in overview for word in ("quantize", "convert", "plan", "inspect"))
     flags = llmcompress("quantize", "--help", cwd=place).stdout
-    for flag in ("--type", "--tensor-type", "--imatrix", "--max-ram", "--split-max-size", "--verify", "--pre", "--json"):
+    for flag in (
+        "--type",
+        "--tensor-type",
+        "--imatrix",
+        "--max-ram",
+        "--split-max-size",
+        "--verify",
+        "--pre",
+        "--json",
+    ):
         assert flag in flags

@@ -13,7 +13,9 @@ LINE = "compiling kernels for this CPU, once: F32 F16"
 
 
 def test_the_line_comes_once_and_only_where_something_is_compiled(tmp_path: Path) -> None:
-    model = write_checkpoint(tmp_path / "model", Llama(layers=1, hidden=64, feed_forward=96, heads=2, kv_heads=1))
+    model = write_checkpoint(
+        tmp_path / "model", Llama(layers=1, hidden=64, feed_forward=96, heads=2, kv_heads=1)
+    )
     program = [sys.executable, "-m", "llmcompress", "convert", model, "--type", "F16"]
     environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path / "kernels")}
     for number, expected in enumerate((1, 0)):

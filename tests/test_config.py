@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import transformers
-
 from llmcompress.converters.architecture import Architecture
 from llmcompress.converters.config import Config
 from llmcompress.converters.families import ARCHITECTURES
 from llmcompress.converters.to_gguf import plan_gguf
+
 from llmcompress.errors import PlanError
 from llmcompress.recipe import Recipe
 
@@ -69,15 +69,25 @@ def test_a_config_of_another_model_is_refused(root: Path, tmp_path: Path, key: s
     "name, values, message",
     [
         ("Qwen3MoeForCausalLM", {}, "norm_topk_prob is False"),
-        ("Qwen3MoeForCausalLM", {"norm_topk_prob": True, "mlp_only_layers": [0]}, r"mlp_only_layers is \[0\]"),
-        ("Qwen3MoeForCausalLM", {"norm_topk_prob": True, "decoder_sparse_step": 2}, "decoder_sparse_step is 2"),
+        (
+            "Qwen3MoeForCausalLM",
+            {"norm_topk_prob": True, "mlp_only_layers": [0]},
+            r"mlp_only_layers is \[0\]",
+        ),
+        (
+            "Qwen3MoeForCausalLM",
+            {"norm_topk_prob": True, "decoder_sparse_step": 2},
+            "decoder_sparse_step is 2",
+        ),
         ("Qwen3ForCausalLM", {"attention_bias": True}, "attention_bias is True"),
         ("Gemma2ForCausalLM", {"tie_word_embeddings": False}, "tie_word_embeddings is False"),
         ("Gemma2ForCausalLM", {"attn_logit_softcapping": None}, "attn_logit_softcapping is null"),
         ("Gemma3ForCausalLM", {"use_bidirectional_attention": True}, "use_bidirectional_attention is True"),
     ],
 )
-def test_what_llama_cpp_computes_differently_is_refused(name: str, values: dict[str, Any], message: str) -> None:
+def test_what_llama_cpp_computes_differently_is_refused(
+    name: str, values: dict[str, Any], message: str
+) -> None:
     (architecture,) = (known for known in ARCHITECTURES if name in known.classes)
     with pytest.raises(PlanError, match=message):
         architecture.check_config(architecture.config(values))

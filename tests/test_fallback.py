@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from llmcompress.converters.to_gguf import plan_gguf
 from synthetic_checkpoint import Llama, write_checkpoint
 
-from llmcompress.converters.to_gguf import plan_gguf
 from llmcompress.errors import RecipeError
 from llmcompress.fallback import candidates, sample, squared_error
 from llmcompress.grids import GRIDS
@@ -33,7 +33,9 @@ def test_the_best_by_measure_is_not_larger_and_nearer(odd, tmp_path):
         assert after.nbytes <= before.nbytes
         if after.grid != before.grid:
             changed += 1
-            weights = np.concatenate([read_slab(best.checkpoint, step, slab).float32 for slab in sample(step)])
+            weights = np.concatenate(
+                [read_slab(best.checkpoint, step, slab).float32 for slab in sample(step)]
+            )
             grids = (after.grid, before.grid)
             nearer, farther = (squared_error(grid, weights, None, "normal") for grid in grids)
             assert nearer < farther

@@ -188,7 +188,9 @@ def test_error_is_not_above_ggmls(name, weighing, ggml, sample_matrices):
         x = np.ascontiguousarray(x, np.float32)
         importance = importance_of(x.shape[1]) if weighing == "importance" else None
         ours = weighted_error(grid, x, grid.quantize(x, importance), importance)
-        given = np.ones(x.shape[1]) if importance is None and name in objectives.NEEDS_IMPORTANCE else importance
+        given = (
+            np.ones(x.shape[1]) if importance is None and name in objectives.NEEDS_IMPORTANCE else importance
+        )
         theirs = weighted_error(grid, x, ggml.quantize(x, grid.ggml_type, given), importance)
         assert ours <= 1.005 * theirs, (case, ours / theirs)
 
@@ -199,13 +201,17 @@ def test_importance_lowers_the_error_it_weighs(name):
     x, importance = random(6, 64, 1024), importance_of(1024)
     with_it = weighted_error(grid, x, grid.quantize(x, importance), importance)
     without = weighted_error(grid, x, grid.quantize(x), importance)
-    assert with_it < (0.997 if name == "MXFP4" else 0.99) * without  # MXFP4 has but powers of two to choose from
+    assert (
+        with_it < (0.997 if name == "MXFP4" else 0.99) * without
+    )  # MXFP4 has but powers of two to choose from
 
 
 @pytest.mark.parametrize("name", ["Q4_0", "Q4_1", "Q4_K", "Q6_K", "IQ1_S"])
 def test_effort_lowers_the_error(name):
     grid, x = GRIDS[name], random(11, 64, 1024)
-    fast, normal, best = (weighted_error(grid, x, grid.quantize(x, effort=effort), None) for effort in EFFORTS)
+    fast, normal, best = (
+        weighted_error(grid, x, grid.quantize(x, effort=effort), None) for effort in EFFORTS
+    )
     assert best < 1.001 * normal < fast < 1.1 * normal
 
 

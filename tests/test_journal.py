@@ -112,7 +112,10 @@ def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
 
 def test_no_room_says_so():
     error = cannot_be_written(Path("x"), OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
-    assert str(error) == "x: cannot be written: No space left on device; make room and give the same command again"
+    assert (
+        str(error)
+        == "x: cannot be written: No space left on device; make room and give the same command again"
+    )
 
 
 def test_a_file_renamed_before_we_had_its_lock_is_not_ours(tmp_path, monkeypatch):

@@ -18,7 +18,16 @@ def group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("limit, cores", [("max 100000", 8), ("200000 100000", 2), ("150000 100000", 2), ("1000 100000", 1), ("1600000 100000", 8)])
+@pytest.mark.parametrize(
+    "limit, cores",
+    [
+        ("max 100000", 8),
+        ("200000 100000", 2),
+        ("150000 100000", 2),
+        ("1000 100000", 1),
+        ("1600000 100000", 8),
+    ],
+)
 def test_the_quota_of_version_2(limit: str, cores: int, group: Path) -> None:
     (group / "cpu.max").write_text(limit + "\n")
     assert machine.cores() == cores

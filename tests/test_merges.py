@@ -5,10 +5,9 @@ from pathlib import Path
 
 import gguf
 import pytest
+from llmcompress.converters.tokenizer import read_vocabulary
 from tokenizer_material import config, copy_sample, read_json, small_tokenizer, write_small
 from tokenizers import Tokenizer, models, pre_tokenizers
-
-from llmcompress.converters.tokenizer import read_vocabulary
 
 
 @pytest.fixture

@@ -7,10 +7,10 @@ import shutil
 from pathlib import Path
 
 import pytest
-
-from llmcompress import __version__
 from llmcompress.converters.metadata import general_metadata
 from llmcompress.converters.to_gguf import plan_gguf
+
+from llmcompress import __version__
 from llmcompress.gguf.reader import GGUFFile
 from llmcompress.plan import Plan
 from llmcompress.recipe import Recipe
@@ -34,7 +34,9 @@ datasets:
 @pytest.fixture
 def model(root: Path, tmp_path: Path) -> Path:
     """The example model under a name with all the parts that names have."""
-    return Path(shutil.copytree(root / "examples" / "sample-llama-6m", tmp_path / "Sample-Llama-6M-Instruct-v2"))
+    return Path(
+        shutil.copytree(root / "examples" / "sample-llama-6m", tmp_path / "Sample-Llama-6M-Instruct-v2")
+    )
 
 
 def keys_of(model: Path, recipe: Recipe = Recipe()) -> tuple[dict, list[str]]:
@@ -77,7 +79,9 @@ def test_the_revision_of_a_hub_snapshot_is_kept(model: Path, tmp_path: Path) -> 
 
 
 def test_sampling_defaults_are_kept(model: Path) -> None:
-    (model / "generation_config.json").write_text('{"temperature": 0.6, "top_k": 20.0, "top_p": 0.95, "min_p": null}')
+    (model / "generation_config.json").write_text(
+        '{"temperature": 0.6, "top_k": 20.0, "top_p": 0.95, "min_p": null}'
+    )
     keys, _ = keys_of(model)
     assert (keys["general.sampling.temp"], keys["general.sampling.top_k"]) == (0.6, 20)
     assert "general.sampling.min_p" not in keys

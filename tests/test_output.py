@@ -6,8 +6,8 @@ import os
 from pathlib import Path
 
 import pytest
-
 from llmcompress.converters.to_gguf import plan_gguf
+
 from llmcompress.errors import PlanError
 from llmcompress.filetypes import find_file_type
 from llmcompress.output import output_paths
@@ -25,7 +25,9 @@ def test_templates_folders_and_the_home_folder(tmp_path: Path) -> None:
     assert output_paths("{{{type}}}.gguf", "m", TYPES)[0] == Path("{Q4_K_M}.gguf")
 
 
-@pytest.mark.parametrize("template", ["{size}.gguf", "{type.gguf", "{name.__class__}{type}", "{}", "{0}", "{name[0]}{type}"])
+@pytest.mark.parametrize(
+    "template", ["{size}.gguf", "{type.gguf", "{name.__class__}{type}", "{}", "{0}", "{name[0]}{type}"]
+)
 def test_other_braces_are_refused(template: str) -> None:
     with pytest.raises(PlanError, match="only {name} and {type} can stand in braces"):
         output_paths(template, "m", TYPES)

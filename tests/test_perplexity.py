@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import gguf
 import numpy as np
 import pytest
 import torch
 import transformers
-
-import gguf
-import llmcompress
 from llama_cpp import Ggml, Model
+
+import llmcompress
 from llmcompress.gguf.reader import GGUFFile
 from llmcompress.grids import GRIDS
 

@@ -8,10 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from llmcompress.converters.to_gguf import plan_gguf
 from safetensors.numpy import load_file, save_file
 from tiny_models import BYTE_BPE, SENTENCEPIECE, build
 
-from llmcompress.converters.to_gguf import plan_gguf
 from llmcompress.errors import CheckpointError, GGUFError, LlmcompressError, PlanError, RecipeError
 from llmcompress.plan import Plan
 from llmcompress.recipe import Recipe, parse_recipe
@@ -25,7 +25,10 @@ def model(root: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def mixtral(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    tokenizers = {BYTE_BPE: root / "examples" / "sample-llama-6m", SENTENCEPIECE: root / "tests" / "data" / "stories260K"}
+    tokenizers = {
+        BYTE_BPE: root / "examples" / "sample-llama-6m",
+        SENTENCEPIECE: root / "tests" / "data" / "stories260K",
+    }
     return build("mixtral", tmp_path_factory.mktemp("mixtral") / "tiny", tokenizers)
 
 
@@ -54,12 +57,18 @@ def edit_tensors(model: Path, change: Callable[[dict], None]) -> None:
 
 
 CONFIGS = {
-    "unknown class": ({"architectures": ["LlamaForCausalLMs"]}, "LlamaForCausalLMs; did you mean 'LlamaForCausalLM'"),
+    "unknown class": (
+        {"architectures": ["LlamaForCausalLMs"]},
+        "LlamaForCausalLMs; did you mean 'LlamaForCausalLM'",
+    ),
     "no class": ({"architectures": ...}, "architectures is missing"),
     "more layers than tensors": ({"num_hidden_layers": 6}, "blk.5."),
     "fewer layers than tensors": ({"num_hidden_layers": 4}, "4 layers, the checkpoint has more"),
     "another activation": ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
-    "unknown rope": ({"rope_parameters": {"rope_type": "spiral", "rope_theta": 1e4}}, "rope type 'spiral' is unknown"),
+    "unknown rope": (
+        {"rope_parameters": {"rope_type": "spiral", "rope_theta": 1e4}},
+        "rope type 'spiral' is unknown",
+    ),
     "no heads": ({"num_attention_heads": 0}, "num_attention_heads is 0"),
     "heads as text": ({"num_attention_heads": "8"}, "num_attention_heads is '8'"),
     "absurd layers": ({"num_hidden_layers": 2**40}, "num_hidden_layers is 1099511627776"),
@@ -106,9 +115,13 @@ def test_a_tensor_without_a_rule_is_given_the_nearest_known_name(model: Path) ->
 
 
 def test_a_tied_head_is_kept_only_if_it_was_trained_apart(model: Path) -> None:
-    edit_tensors(model, lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"].copy()}))
+    edit_tensors(
+        model, lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"].copy()})
+    )
     plan = planned(model)
-    assert "output.weight" not in types_of(plan) and any("it is the embedding again" in note for note in plan.notes)
+    assert "output.weight" not in types_of(plan) and any(
+        "it is the embedding again" in note for note in plan.notes
+    )
     edit_tensors(model, lambda tensors: tensors.update({"lm_head.weight": tensors["lm_head.weight"] + 1}))
     plan = planned(model)
     assert "output.weight" in types_of(plan) and any("it differs from it" in note for note in plan.notes)
@@ -127,19 +140,33 @@ def test_missing_and_unlike_experts_are_refused(mixtral: Path, tmp_path: Path) -
 
 
 RECIPES = {
-    "a pattern that matches nothing": ({"tensor_types": [["attn_w", "Q8_0"]]}, RecipeError, "'attn_w' matches no tensor"),
+    "a pattern that matches nothing": (
+        {"tensor_types": [["attn_w", "Q8_0"]]},
+        RecipeError,
+        "'attn_w' matches no tensor",
+    ),
     "a pattern that is none": ({"tensor_types": [["attn_(", "Q8_0"]]}, RecipeError, "no regular expression"),
     "an unknown tensor type": ({"tensor_types": [["attn_v", "Q9_K"]]}, RecipeError, "'Q9_K'"),
-    "a contradiction": ({"output_tensor_type": "Q8_0", "leave_output_tensor": True}, RecipeError, "contradict"),
+    "a contradiction": (
+        {"output_tensor_type": "Q8_0", "leave_output_tensor": True},
+        RecipeError,
+        "contradict",
+    ),
     "no importance": ({"types": "Q2_K_S"}, PlanError, "needs an importance matrix"),
     "a missing importance file": ({"imatrix": "nowhere.gguf"}, LlmcompressError, "nowhere.gguf"),
-    "too little memory": ({"max_ram": "1MiB"}, PlanError, "--max-ram 1.0 MiB is too little: this model needs at least"),
+    "too little memory": (
+        {"max_ram": "1MiB"},
+        PlanError,
+        "--max-ram 1.0 MiB is too little: this model needs at least",
+    ),
     "an unknown pre-tokenizer": ({"pre": "lama-bpe"}, LlmcompressError, "did you mean 'llama-bpe'"),
 }
 
 
 @pytest.mark.parametrize("options, kind, message", RECIPES.values(), ids=RECIPES)
-def test_recipes_that_are_refused(options: dict, kind: type, message: str, root: Path, tmp_path: Path) -> None:
+def test_recipes_that_are_refused(
+    options: dict, kind: type, message: str, root: Path, tmp_path: Path
+) -> None:
     with pytest.raises(kind) as caught:
         plan_gguf(root / "examples" / "sample-llama-6m", tmp_path / "{type}.gguf", parse_recipe(options))
     assert message in str(caught.value) and "\n" not in str(caught.value)
@@ -156,7 +183,9 @@ def test_a_real_importance_matrix_is_used(shared: Path, tmp_path: Path) -> None:
     recipe = Recipe(types=("Q4_0",), imatrix=str(shared / "imatrix" / "babyllama_tok361.imatrix.gguf"))
     plan = plan_gguf(babyllama, tmp_path / "x.gguf", recipe)
     assert len(plan.importance) == 5 * 7  # layers, and their linears
-    assert plan.fingerprint() != plan_gguf(babyllama, tmp_path / "x.gguf", Recipe(types=("Q4_0",))).fingerprint()
+    assert (
+        plan.fingerprint() != plan_gguf(babyllama, tmp_path / "x.gguf", Recipe(types=("Q4_0",))).fingerprint()
+    )
 
 
 def test_overrides_and_the_mix(root: Path, tmp_path: Path) -> None:
@@ -191,7 +220,9 @@ def test_rows_that_fit_no_block_fall_back_and_say_so(model: Path) -> None:
     assert kind == "F16" and "172" in reason
 
 
-@pytest.mark.parametrize("out, message", [("x.gguf", "put {type} into the name"), ("{nam}.gguf", "only {name} and {type}")])
+@pytest.mark.parametrize(
+    "out, message", [("x.gguf", "put {type} into the name"), ("{nam}.gguf", "only {name} and {type}")]
+)
 def test_output_names_that_cannot_be(out: str, message: str, model: Path) -> None:
     with pytest.raises(PlanError) as caught:
         plan_gguf(model, model.parent / out, Recipe(types=("Q8_0", "F16")))
@@ -205,10 +236,17 @@ def test_the_checkpoint_is_never_overwritten(model: Path) -> None:
 
 def test_a_folder_gets_a_name_and_a_template_is_filled(model: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
-    assert plan_gguf(model, tmp_path / "out", Recipe()).files[0].path == tmp_path / "out" / "model-Q4_K_M.gguf"
-    assert plan_gguf(model, f"{tmp_path}/new/", Recipe()).files[0].path == tmp_path / "new" / "model-Q4_K_M.gguf"
+    assert (
+        plan_gguf(model, tmp_path / "out", Recipe()).files[0].path == tmp_path / "out" / "model-Q4_K_M.gguf"
+    )
+    assert (
+        plan_gguf(model, f"{tmp_path}/new/", Recipe()).files[0].path == tmp_path / "new" / "model-Q4_K_M.gguf"
+    )
     plan = plan_gguf(model, tmp_path / "{name}" / "{type}.gguf", Recipe(types=("F16", "Q8_0")))
-    assert [file.path for file in plan.files] == [tmp_path / "model" / "F16.gguf", tmp_path / "model" / "Q8_0.gguf"]
+    assert [file.path for file in plan.files] == [
+        tmp_path / "model" / "F16.gguf",
+        tmp_path / "model" / "Q8_0.gguf",
+    ]
 
 
 def test_a_plan_reads_no_weights(model: Path) -> None:

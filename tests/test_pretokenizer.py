@@ -4,11 +4,11 @@ import json
 
 import pytest
 from llama_cpp import Model
+from llmcompress.converters import pretokenizer
+from llmcompress.converters.pretokenizer import canonical, check_name, find_pretokenizer, known_names
 from tokenizers import Tokenizer
 from vocabulary_file import write_vocabulary
 
-from llmcompress.converters import pretokenizer
-from llmcompress.converters.pretokenizer import canonical, check_name, find_pretokenizer, known_names
 from llmcompress.errors import TokenizerError
 from llmcompress.gguf.value import ValueType, array, boolean, string
 

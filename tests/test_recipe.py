@@ -65,7 +65,14 @@ def test_a_recipe_says_only_what_decides_bytes() -> None:
 
 @pytest.mark.parametrize(
     "text, size",
-    [("512MiB", 512 * 2**20), ("4G", 4 * 10**9), ("1.5 GiB", 3 * 2**29), ("1000", 1000), ("2kb", 2000), (77, 77)],
+    [
+        ("512MiB", 512 * 2**20),
+        ("4G", 4 * 10**9),
+        ("1.5 GiB", 3 * 2**29),
+        ("1000", 1000),
+        ("2kb", 2000),
+        (77, 77),
+    ],
 )
 def test_sizes(text: str | int, size: int) -> None:
     assert parse_size(text) == size
@@ -77,6 +84,9 @@ def test_what_is_no_size(text: str) -> None:
         parse_size(text)
 
 
-@pytest.mark.parametrize("count, text", [(0, "0 bytes"), (1023, "1023 bytes"), (1536, "1.5 KiB"), (2**31, "2.0 GiB"), (2**42, "4.00 TiB")])
+@pytest.mark.parametrize(
+    "count, text",
+    [(0, "0 bytes"), (1023, "1023 bytes"), (1536, "1.5 KiB"), (2**31, "2.0 GiB"), (2**42, "4.00 TiB")],
+)
 def test_sizes_are_written_as_people_read_them(count: int, text: str) -> None:
     assert format_size(count) == text

@@ -15,9 +15,9 @@ import zipfile
 from pathlib import Path
 
 import pytest
-
 from llmcompress.converters.architecture import Architecture
 from llmcompress.converters.families import ARCHITECTURES
+
 from llmcompress.recipe import read_recipe
 
 # Lower layers may not import higher ones.
@@ -67,7 +67,9 @@ def imported(file: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("llmcompress."):
             found.add(node.module.split(".")[1])
         elif isinstance(node, ast.Import):
-            found |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("llmcompress.")}
+            found |= {
+                alias.name.split(".")[1] for alias in node.names if alias.name.startswith("llmcompress.")
+            }
     return found - {"__version__"}
 
 
@@ -92,14 +94,18 @@ def test_packages_listed_are_the_folders_there_are(root: Path) -> None:
     settings = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]
     mapped = {"converters": "llmcompress.converters", "calibration_data": "llmcompress.calibration_data"}
     folders = {str(file.parent.relative_to(root)) for file in root.glob("llmcompress/**/__init__.py")}
-    assert set(settings["packages"]) == {folder.replace(os.sep, ".") for folder in folders} | set(mapped.values())
+    assert set(settings["packages"]) == {folder.replace(os.sep, ".") for folder in folders} | set(
+        mapped.values()
+    )
     for folder, package in mapped.items():
         assert settings["package-dir"][package] == folder
 
 
 @pytest.mark.parametrize("folder", ["converters", "calibration_data"])
 def test_mapped_packages_refuse_their_plain_name(folder: str, root: Path) -> None:
-    done = subprocess.run([sys.executable, "-c", f"import {folder}"], cwd=root, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", f"import {folder}"], cwd=root, capture_output=True, text=True
+    )
     assert done.returncode and f"llmcompress.{folder}" in done.stderr
     importlib.import_module(f"llmcompress.{folder}")
 
@@ -111,7 +117,18 @@ def test_a_wheel_holds_every_module_and_data_file(root: Path, tmp_path: Path) ->
         target = copy / file.relative_to(root)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(file, target)
-    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", tmp_path, copy]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "-q",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        tmp_path,
+        copy,
+    ]
     subprocess.run(command, check=True)
     (wheel,) = tmp_path.glob("*.whl")
     held = set(zipfile.ZipFile(wheel).namelist())
@@ -159,7 +176,9 @@ def test_readme_commands_run_as_written(root: Path, tmp_path: Path) -> None:
 def test_the_readme_python_runs_as_written(root: Path, tmp_path: Path) -> None:
     (tmp_path / "examples").symlink_to(root / "examples")
     (code,) = re.findall(r"```python\n(.*?)```", (root / "README.md").read_text(), re.DOTALL)
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
     assert len(done.stdout.splitlines()) == 3
 
 
@@ -172,8 +191,20 @@ def test_example_recipes_parse(root: Path) -> None:
 
 def test_help_imports_nothing_heavy() -> None:
     code = "import sys, llmcompress.cli; print(*sys.modules)"
-    modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
-    heavy = {"numpy", "numba", "torch", "transformers", "gguf", "tokenizers", "huggingface_hub", "rich", "yaml"}
+    modules = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout.split()
+    heavy = {
+        "numpy",
+        "numba",
+        "torch",
+        "transformers",
+        "gguf",
+        "tokenizers",
+        "huggingface_hub",
+        "rich",
+        "yaml",
+    }
     assert not heavy & set(modules)
 
 

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import transformers
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
 from llmcompress.converters.config import Config
 from llmcompress.converters.families import ARCHITECTURES, CLASSES
 from llmcompress.converters.rope import rope_keys, rope_notes, rope_parameters, rope_tensors
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
 from llmcompress.errors import PlanError
 
 SIZE = {"hidden_size": 64, "num_attention_heads": 4, "max_position_embeddings": 512}
@@ -27,7 +27,9 @@ def keys(parameters: dict[str, Any]) -> dict[str, Any]:
     return {name.removeprefix("rope.scaling."): value.value for name, value in found.items()}
 
 
-@pytest.mark.parametrize("more", [{}, {"attention_factor": 1.5}, {"mscale": 1.0, "mscale_all_dim": 0.5}, {"mscale": 0.7}])
+@pytest.mark.parametrize(
+    "more", [{}, {"attention_factor": 1.5}, {"mscale": 1.0, "mscale_all_dim": 0.5}, {"mscale": 0.7}]
+)
 def test_yarn_scales_attention_as_transformers(more: dict[str, float]) -> None:
     config = transformers.LlamaConfig(**SIZE, rope_parameters=YARN | more)
     _, attention = ROPE_INIT_FUNCTIONS["yarn"](config, "cpu")
@@ -75,14 +77,23 @@ def test_damaged_parameters_are_refused(parameters: dict[str, Any], message: str
 @pytest.mark.parametrize("factors", [[1.0] * 7, ["x"] * 8, "x", None])
 def test_damaged_longrope_factors_are_refused(factors: Any) -> None:
     with pytest.raises(PlanError, match="rope's long_factor"):
-        rope_tensors(Config(SIZE | {"rope_parameters": LONGROPE | {"long_factor": factors} | {"short_factor": [1.0] * 8}}))
+        rope_tensors(
+            Config(
+                SIZE | {"rope_parameters": LONGROPE | {"long_factor": factors} | {"short_factor": [1.0] * 8}}
+            )
+        )
 
 
 LLAMA3 = {
     "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }  # fmt: skip
-READ_TENSORS = {"LlamaForCausalLM", "MistralForCausalLM", "MixtralForCausalLM", "Phi3ForCausalLM"}  # llama.cpp's graphs
+READ_TENSORS = {
+    "LlamaForCausalLM",
+    "MistralForCausalLM",
+    "MixtralForCausalLM",
+    "Phi3ForCausalLM",
+}  # llama.cpp's graphs
 ROTARY = [family.classes[0] for family in ARCHITECTURES if family.name != "gpt2"]
 
 
@@ -90,7 +101,9 @@ def keys_of(kind: str, rope: dict[str, Any] | None = None, **values: Any) -> dic
     """The metadata of a model of the class `kind`, without the architecture's name."""
     size = SIZE | {"vocab_size": 512, "intermediate_size": 128, "num_hidden_layers": 2, "head_dim": 16,
                    "moe_intermediate_size": 64}  # fmt: skip
-    config = CLASSES[kind].config(size | ({"rope_parameters": {"rope_theta": 1e4} | rope} if rope else {}) | values)
+    config = CLASSES[kind].config(
+        size | ({"rope_parameters": {"rope_theta": 1e4} | rope} if rope else {}) | values
+    )
     return {key: value.value for key, value in CLASSES[kind].keys(config).items()}
 
 
@@ -100,12 +113,17 @@ def test_a_scaling_by_tensors_is_for_those_whose_tensors_are_read(kind, rope):
     if kind in READ_TENSORS:
         assert keys_of(kind, rope)["rope.freq_base"] == 1e4
     else:
-        with pytest.raises(PlanError, match=f"rope type {rope['rope_type']!r} is one that llama.cpp cannot compute"):
+        with pytest.raises(
+            PlanError, match=f"rope type {rope['rope_type']!r} is one that llama.cpp cannot compute"
+        ):
             keys_of(kind, rope)
 
 
 def test_a_null_is_as_good_as_nothing() -> None:
-    assert keys_of("LlamaForCausalLM", {"rope_theta": None, "rope_type": None}, rope_theta=2e4)["rope.freq_base"] == 2e4
+    assert (
+        keys_of("LlamaForCausalLM", {"rope_theta": None, "rope_type": None}, rope_theta=2e4)["rope.freq_base"]
+        == 2e4
+    )
 
 
 def test_the_length_before_scaling_is_found_inside_the_rope_parameters():
@@ -113,12 +131,21 @@ def test_the_length_before_scaling_is_found_inside_the_rope_parameters():
 
 
 def test_gemma_3_has_two_bases():
-    full, sliding = {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6}, {"rope_type": "default", "rope_theta": 2e4}
+    full, sliding = (
+        {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+        {"rope_type": "default", "rope_theta": 2e4},
+    )
     new = keys_of("Gemma3ForCausalLM", {"full_attention": full, "sliding_attention": sliding})
-    old = keys_of("Gemma3ForCausalLM", rope_scaling={"rope_type": "linear", "factor": 8.0}, rope_local_base_freq=2e4)
+    old = keys_of(
+        "Gemma3ForCausalLM", rope_scaling={"rope_type": "linear", "factor": 8.0}, rope_local_base_freq=2e4
+    )
     rope = {key: value for key, value in new.items() if key.startswith("rope.")}
     assert rope == {key: value for key, value in old.items() if key.startswith("rope.")}
-    assert (rope["rope.freq_base"], rope["rope.freq_base_swa"], rope["rope.scaling.factor"]) == (1e6, 2e4, 8.0)
+    assert (rope["rope.freq_base"], rope["rope.freq_base_swa"], rope["rope.scaling.factor"]) == (
+        1e6,
+        2e4,
+        8.0,
+    )
 
 
 def test_gemma_3_with_scaled_sliding_layers_is_refused():

@@ -13,12 +13,12 @@ import time
 from pathlib import Path
 
 import pytest
+from llmcompress.converters.to_gguf import plan_gguf
 from safetensors.numpy import load_file, save_file
 from synthetic_checkpoint import Llama, poke, write_checkpoint
 
 import llmcompress
 from llmcompress import machine, run
-from llmcompress.converters.to_gguf import plan_gguf
 from llmcompress.errors import InterruptedRun, PlanError, RunError
 from llmcompress.journal import Journal
 from llmcompress.output import part_path
@@ -187,7 +187,11 @@ def test_a_kill_among_the_renames(renamed, odd, undisturbed, tmp_path, monkeypat
     assert child(job) == -signal.SIGKILL
     parts = [name for name in contents(tmp_path) if name.endswith(".part")]
     assert len(parts) == 2 - renamed
-    stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.gguf*") if path.suffix != ".journal"}
+    stamps = {
+        path: path.stat().st_mtime_ns
+        for path in (tmp_path / "out").glob("*.gguf*")
+        if path.suffix != ".journal"
+    }
     result = quantized(odd, tmp_path)
     assert contents(tmp_path) == undisturbed
     assert result.slabs_kept == result.slabs
@@ -236,9 +240,13 @@ cli.main()
 
 
 def start(big: Path, folder: Path) -> subprocess.Popen:
-    arguments = ["quantize", str(big), "-o", str(folder / OUT), "--json"] + [w for t in TYPES for w in ("--type", t)]
+    arguments = ["quantize", str(big), "-o", str(folder / OUT), "--json"] + [
+        w for t in TYPES for w in ("--type", t)
+    ]
     return subprocess.Popen(
-        [sys.executable, "-c", DRIVER.format(arguments=arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [sys.executable, "-c", DRIVER.format(arguments=arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
     )
 
 
@@ -301,7 +309,9 @@ def test_two_runs_of_one_output_at_once(odd, undisturbed, tmp_path):
 
     quantized(odd, tmp_path, progress=Second())
     assert contents(tmp_path) == undisturbed
-    assert [said.split(": ")[1] for said in Second.said] == ["another process is writing it; wait for that one or stop it"] * 2
+    assert [said.split(": ")[1] for said in Second.said] == [
+        "another process is writing it; wait for that one or stop it"
+    ] * 2
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -309,7 +319,9 @@ def test_two_runs_of_one_output_at_once(odd, undisturbed, tmp_path):
 def test_what_is_not_finite_is_named_and_nothing_is_left(value, dtype, tmp_path):
     model = write_checkpoint(tmp_path / "model", Llama(layers=1), dtype)
     poke(model, "model.layers.0.mlp.down_proj.weight", 7 * 512 + 33, value)
-    with pytest.raises(RunError, match=r"'model\.layers\.0\.mlp\.down_proj\.weight'.*row 7, column 33") as error:
+    with pytest.raises(
+        RunError, match=r"'model\.layers\.0\.mlp\.down_proj\.weight'.*row 7, column 33"
+    ) as error:
         quantized(model, tmp_path, "BF16")
     assert "\n" not in str(error.value)
     assert os.listdir(tmp_path / "out") == []
@@ -317,7 +329,9 @@ def test_what_is_not_finite_is_named_and_nothing_is_left(value, dtype, tmp_path)
 
 def test_the_place_of_a_nan_is_that_in_the_source_whatever_happens_to_the_rows(tmp_path):
     model = write_checkpoint(tmp_path / "model", Llama(layers=1), "F32")
-    poke(model, "model.layers.0.self_attn.q_proj.weight", 130 * 256 + 5, float("nan"))  # inside a rotated head
+    poke(
+        model, "model.layers.0.self_attn.q_proj.weight", 130 * 256 + 5, float("nan")
+    )  # inside a rotated head
     with pytest.raises(RunError, match="row 130, column 5"):
         quantized(model, tmp_path, "F32")
 
@@ -341,7 +355,10 @@ def gpt2(root: Path, tmp_path: Path) -> Path:
 def test_what_f16_cannot_hold_is_named_with_its_size(tmp_path):
     model = write_checkpoint(tmp_path / "model", Llama(layers=1), "F32")
     poke(model, "model.layers.0.mlp.up_proj.weight", 3, -70000.0)
-    with pytest.raises(RunError, match=r"^blk\.0\.ffn_up\.weight: 1 weights, up to 70000, are beyond the largest F16, 65504; use BF16"):
+    with pytest.raises(
+        RunError,
+        match=r"^blk\.0\.ffn_up\.weight: 1 weights, up to 70000, are beyond the largest F16, 65504; use BF16",
+    ):
         quantized(model, tmp_path, "F16")
     assert os.listdir(tmp_path / "out") == []
     assert quantized(model, tmp_path, "BF16").paths[0].exists()
@@ -389,7 +406,10 @@ def test_a_disk_that_takes_no_more(when, odd, undisturbed, tmp_path, monkeypatch
 
     assert child(job) == 70
     said = (tmp_path / "child-error").read_text()
-    assert said.startswith("InterruptedRun: ") and "File too large; make room and give the same command again" in said
+    assert (
+        said.startswith("InterruptedRun: ")
+        and "File too large; make room and give the same command again" in said
+    )
     assert "\n" not in said
     assert not list((tmp_path / "out").glob("*.gguf"))
     quantized(odd, tmp_path)

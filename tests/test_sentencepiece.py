@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import sentencepiece
-from tokenizer_material import config, train_gemma
-
 from llmcompress.converters.sentencepiece import read_sentencepiece
 from llmcompress.converters.tokenizer import read_vocabulary
+from tokenizer_material import config, train_gemma
+
 from llmcompress.errors import LlmcompressError, TokenizerError
 
 

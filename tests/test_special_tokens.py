@@ -5,9 +5,8 @@ from pathlib import Path
 
 import pytest
 import transformers
-from tokenizer_material import config, copy_sample, read_json
-
 from llmcompress.converters.tokenizer import read_vocabulary
+from tokenizer_material import config, copy_sample, read_json
 
 BOS, EOS = ({"SpecialToken": {"id": f"<|{name}_of_text|>", "type_id": 0}} for name in ("begin", "end"))
 TEXT = {"Sequence": {"id": "A", "type_id": 0}}

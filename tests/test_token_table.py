@@ -3,11 +3,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from llmcompress.converters.token_table import TokenType
+from llmcompress.converters.tokenizer import read_vocabulary
 from tokenizer_material import config, copy_sample, hf_tokenizer, small_tokenizer, write_small
 from tokenizers import AddedToken
 
-from llmcompress.converters.token_table import TokenType
-from llmcompress.converters.tokenizer import read_vocabulary
 from llmcompress.errors import TokenizerError
 
 

@@ -14,6 +14,10 @@ import pytest
 import sentencepiece
 import transformers
 from llama_cpp import Model
+from llmcompress.converters.pretokenizer import _table
+from llmcompress.converters.sentencepiece import read_sentencepiece
+from llmcompress.converters.token_table import TokenType
+from llmcompress.converters.tokenizer import Vocabulary, read_vocabulary
 from tokenizer_corpus import TEXTS
 from tokenizer_material import config, copy_sample, hf_tokenizer, read_json, train_gemma, train_sentencepiece
 from tokenizers import (
@@ -27,10 +31,6 @@ from tokenizers import (
 )
 from vocabulary_file import differing, open_vocabulary
 
-from llmcompress.converters.pretokenizer import _table
-from llmcompress.converters.sentencepiece import read_sentencepiece
-from llmcompress.converters.token_table import TokenType
-from llmcompress.converters.tokenizer import Vocabulary, read_vocabulary
 from llmcompress.errors import TokenizerError
 
 # Qwen2 brings text into Unicode's normal form C first, llama.cpp never does: decomposed letters and

@@ -3,9 +3,9 @@ from __future__ import annotations
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from llmcompress.converters.tokenizer import read_vocabulary
 from tokenizer_material import config, small_tokenizer, write_small
 
-from llmcompress.converters.tokenizer import read_vocabulary
 from llmcompress.errors import LlmcompressError, TokenizerError
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
 from llmcompress.converters.to_gguf import plan_gguf
+
 from llmcompress.errors import RunError
 from llmcompress.grids import GRIDS
 from llmcompress.output import part_path
@@ -61,7 +61,9 @@ def test_rows_out_of_place_are_found(finished: Plan) -> None:
     data = part_path(finished.files[0].path).read_bytes()
     first, second = data[offset : offset + size], data[offset + size : offset + 2 * size]
     overwrite(finished, offset, second + first)
-    with pytest.raises(RunError, match=r"blk\.3\.ffn_gate\.weight as Q5_K does not resemble its source near row 0"):
+    with pytest.raises(
+        RunError, match=r"blk\.3\.ffn_gate\.weight as Q5_K does not resemble its source near row 0"
+    ):
         verify(finished, Progress())
 
 
@@ -79,7 +81,9 @@ def test_a_copied_tensor_must_be_identical(root: Path, tmp_path: Path) -> None:
 def test_a_scale_that_is_not_finite_is_found(finished: Plan) -> None:
     _, offset, _ = place_of(finished, "blk.2.attn_output.weight")
     overwrite(finished, offset, b"\x00\x7c")  # the float16 d of the first super-block
-    with pytest.raises(RunError, match=r"blk\.2\.attn_output\.weight decodes to a NaN or infinity near row 0"):
+    with pytest.raises(
+        RunError, match=r"blk\.2\.attn_output\.weight decodes to a NaN or infinity near row 0"
+    ):
         verify(finished, Progress())
 
 

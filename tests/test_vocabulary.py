@@ -3,9 +3,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from llmcompress.converters.tokenizer import read_vocabulary
 from tokenizer_material import config, copy_sample
 
-from llmcompress.converters.tokenizer import read_vocabulary
 from llmcompress.gguf.value import ValueType
 
 

@@ -44,7 +44,12 @@ Make = Callable[[int], transformers.PreTrainedModel]
 def _model(kind: str, config: str, **values: Any) -> Make:
     def make(tokens: int) -> transformers.PreTrainedModel:
         settings = getattr(transformers, config)(
-            vocab_size=tokens, bos_token_id=0, eos_token_id=1, pad_token_id=None, initializer_range=0.08, **values
+            vocab_size=tokens,
+            bos_token_id=0,
+            eos_token_id=1,
+            pad_token_id=None,
+            initializer_range=0.08,
+            **values,
         )
         return getattr(transformers, kind)(settings)
 
@@ -108,7 +113,9 @@ def build(name: str, folder: Path, tokenizers: dict[str, Path], dtype: torch.dty
                 parameter.copy_(spread if label.endswith("bias") or "gemma" in name else 1 + spread)
     model.to(dtype).save_pretrained(folder)
     if name.endswith("-fused"):
-        state = {key: value.contiguous() for key, value in model.state_dict().items() if key != "lm_head.weight"}
+        state = {
+            key: value.contiguous() for key, value in model.state_dict().items() if key != "lm_head.weight"
+        }
         save_file(state | {"lm_head.weight": model.lm_head.weight}, folder / "model.safetensors")
         assert any(value.ndim == 3 for value in load_file(folder / "model.safetensors").values())
     for file in tokenizers[kind].iterdir():

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from gguf import GGUFValueType, GGUFWriter
 from llama_cpp import Model
-
 from llmcompress.converters.tokenizer import Vocabulary
+
 from llmcompress.gguf.value import Metadata
 
 

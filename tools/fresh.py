@@ -39,9 +39,13 @@ def example() -> int:
     """Quantize the example model and say where the file is and what runs it."""
     python = environment(".venv", [["-e", "."]])
     model, out = ROOT / "examples" / "sample-llama-6m", ROOT / "out" / "sample-llama-6m-Q4_K_M.gguf"
-    code = subprocess.run([python, "-m", "llmcompress", "quantize", model, "-o", out, "--type", "Q4_K_M"]).returncode
+    code = subprocess.run(
+        [python, "-m", "llmcompress", "quantize", model, "-o", out, "--type", "Q4_K_M"]
+    ).returncode
     if code == 0:
-        print(f"\nThe GGUF lies in {out}\nRun it with llama.cpp:\n  llama-cli -m {out} -p 'Once upon a time' -n 64")
+        print(
+            f"\nThe GGUF lies in {out}\nRun it with llama.cpp:\n  llama-cli -m {out} -p 'Once upon a time' -n 64"
+        )
         print(f"Look inside with:\n  {python} -m llmcompress inspect {out}")
     return code
 

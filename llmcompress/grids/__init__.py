@@ -15,8 +15,7 @@ from llmcompress.grids.nonlinear import IQ4_NL, IQ4_XS
 from llmcompress.grids.ternary import TQ1_0, TQ2_0
 
 GRIDS: dict[str, Grid] = {
-    grid.name: grid
-    for grid in (F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K)
+    grid.name: grid for grid in (F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K)
 }
 GRIDS |= {grid.name: grid for grid in (IQ4_NL, IQ4_XS, TQ1_0, TQ2_0, MXFP4, NVFP4, Q1_0, Q2_0)}
 GRIDS |= {grid.name: grid for grid in (IQ1_S, IQ1_M, IQ2_XXS, IQ2_XS, IQ2_S, IQ3_XXS, IQ3_S)}

@@ -29,7 +29,9 @@ class Grid:
     block_bytes: int
     kernel_quantize: Quantizer
     kernel_dequantize: Dequantizer
-    kernels_by_effort: Mapping[str, Quantizer] = field(default_factory=dict, compare=False)  # if there is a choice
+    kernels_by_effort: Mapping[str, Quantizer] = field(
+        default_factory=dict, compare=False
+    )  # if there is a choice
 
     @property
     def bits_per_weight(self) -> float:

@@ -305,10 +305,26 @@ Q3_K = searched_grid(
     "Q3_K", 11, BLOCK, 110, weigh, weigh_by_square, encode_q3_k, decode_q3_k, (TOPS_3, SCALE_TOPS_Q3_K)
 )
 Q4_K = searched_grid(
-    "Q4_K", 12, BLOCK, 144, weigh, weigh_by_size_and_spread, encode_q4_k, decode_q4_k, (ENDS_4, SCALE_TOPS_Q4_K)
+    "Q4_K",
+    12,
+    BLOCK,
+    144,
+    weigh,
+    weigh_by_size_and_spread,
+    encode_q4_k,
+    decode_q4_k,
+    (ENDS_4, SCALE_TOPS_Q4_K),
 )
 Q5_K = searched_grid(
-    "Q5_K", 13, BLOCK, 176, weigh, weigh_by_size_and_spread, encode_q5_k, decode_q5_k, (ENDS_5, SCALE_TOPS_Q4_K)
+    "Q5_K",
+    13,
+    BLOCK,
+    176,
+    weigh,
+    weigh_by_size_and_spread,
+    encode_q5_k,
+    decode_q5_k,
+    (ENDS_5, SCALE_TOPS_Q4_K),
 )
 Q6_K = searched_grid(
     "Q6_K", 14, BLOCK, 210, weigh_q6_k, weigh_by_square, encode_q6_k, decode_q6_k, (TOPS_6, SCALE_TOPS_Q6_K)

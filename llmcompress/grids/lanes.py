@@ -286,7 +286,9 @@ def lookup(typing_context, table, index):
     table_kind = ir.VectorType(ir.IntType(8), WIDTH)
 
     def lower(context, builder, sig, args):
-        entries = builder.load(_element(context, builder, sig.args[0], args[0], _index(0), table_kind), align=1)
+        entries = builder.load(
+            _element(context, builder, sig.args[0], args[0], _index(0), table_kind), align=1
+        )
         places = builder.trunc(builder.fptosi(args[1], _INTS), table_kind)
         places = builder.and_(places, ir.Constant(table_kind, [WIDTH - 1] * WIDTH))
         found = ir.Constant(table_kind, ir.Undefined)
