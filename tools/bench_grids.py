@@ -34,7 +34,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 from llama_cpp import Ggml  # noqa: E402
 from objectives import NEEDS_IMPORTANCE, weighted_error  # noqa: E402
 
-SAMPLE = ROOT.parent / "shared/models/sample-llama-6m/model.safetensors"
+SAMPLE = ROOT / "examples/sample-llama-6m/model.safetensors"
 COLUMNS = 4096
 REPEATS = 5
 LEAST_SECONDS = 0.01  # shorter runs are repeated within one measurement
