@@ -28,9 +28,10 @@ class Codebook(NamedTuple):
     indices: np.ndarray  # int16 (halves * halves,): the entry with this code
     even: bool  # whether signs come in even sets
     shrink: float  # the best step over what it were if every combination of levels were an entry, about
+    enlarge: float  # d as it is stored over that of least squares
 
 
-def read_codebook(name: str, unit: int, even: bool, shrink: float) -> Codebook:
+def read_codebook(name: str, unit: int, even: bool, shrink: float, enlarge: float) -> Codebook:
     """The codebook of ggml's type `name`, from gguf-py; `unit` is what counts as 1 there."""
     table = getattr(quants, name)
     table.init_grid()
@@ -41,7 +42,7 @@ def read_codebook(name: str, unit: int, even: bool, shrink: float) -> Codebook:
     indices = np.zeros(halves * halves, np.int16)
     indices[pairs @ [halves, 1]] = np.arange(len(entries))
     entries, levels = (entries / unit).astype(np.float32), (levels / unit).astype(np.float32)
-    return Codebook(entries, levels, pairs, indices, even, shrink)
+    return Codebook(entries, levels, pairs, indices, even, shrink, enlarge)
 
 
 @register_jitable

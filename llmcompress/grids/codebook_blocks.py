@@ -125,6 +125,7 @@ def fit_entries(x, w, unit, parts, size, book, search, effort):
     for j in range(0, BLOCK, 8):
         store(odds, j // 8, sign_byte(x, w, odds, j, book, codes, tables[4]))
     halved = (scales[: BLOCK // size].astype(np.int64) - 1) // 2
+    d = round_to_half(d * book.enlarge)
     return d, entries_of(book, codes), odds.astype(np.int64), halved
 
 
