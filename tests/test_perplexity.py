@@ -69,21 +69,25 @@ def test_perplexity_rises_no_more_than_the_type_costs(
     assert perplexity(files[name], windows) / exact - 1 < ALLOWED[name] / 100
 
 
-@pytest.mark.parametrize("name", ["Q4_K_M", "Q3_K_M", "Q4_0"])
-def test_perplexity_is_no_worse_than_with_ggmls_own_rounding(
-    name: str, files: dict[str, Path], windows: list[list[int]], tmp_path: Path
-) -> None:
-    """The same file with every tensor rounded by ggml in place of llmcompress."""
-    theirs = tmp_path / "ggml.gguf"
-    theirs.write_bytes(files[name].read_bytes())
+def rounded_by_ggml(path: Path, exact: Path, to: Path, importance: dict[str, np.ndarray]) -> Path:
+    """A copy of the file at `path` with every tensor rounded by ggml in place of llmcompress."""
+    to.write_bytes(path.read_bytes())
     ggml = Ggml()
-    with GGUFFile.open(files["F32"]) as source, GGUFFile.open(theirs) as target, theirs.open("r+b") as file:
+    with GGUFFile.open(exact) as source, GGUFFile.open(to) as target, to.open("r+b") as file:
         for tensor in target.tensors.values():
             if tensor.type.name == "F32":
                 continue
             weights = GRIDS["F32"].dequantize(source.read(tensor.name))
             file.seek(tensor.offset)
-            file.write(ggml.quantize(weights, tensor.type.id).tobytes())
+            file.write(ggml.quantize(weights, tensor.type.id, importance.get(tensor.name)).tobytes())
+    return to
+
+
+@pytest.mark.parametrize("name", ["Q4_K_M", "Q3_K_M", "Q4_0"])
+def test_perplexity_is_no_worse_than_with_ggmls_own_rounding(
+    name: str, files: dict[str, Path], windows: list[list[int]], tmp_path: Path
+) -> None:
+    theirs = rounded_by_ggml(files[name], files["F32"], tmp_path / "ggml.gguf", {})
     assert perplexity(files[name], windows) < perplexity(theirs, windows) * 1.02
 
 
@@ -131,14 +135,19 @@ def log_probabilities(path: Path, windows: list[list[int]]) -> np.ndarray:
     return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
 
 
+@pytest.fixture(scope="module")
+def imatrix(model: Path, windows: list[list[int]], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("imatrix") / "imatrix.gguf"
+    write_imatrix(path, model, windows)
+    return path
+
+
 def test_an_importance_matrix_brings_q2_k_closer(
-    model: Path, windows: list[list[int]], files: dict[str, Path], tmp_path: Path
+    model: Path, imatrix: Path, windows: list[list[int]], files: dict[str, Path], tmp_path: Path
 ) -> None:
     """In Kullback-Leibler divergence from the F32 file, on the text the importance was taken from."""
-    write_imatrix(tmp_path / "imatrix.gguf", model, windows)
-    weighed, small = llmcompress.quantize(
-        model, tmp_path / "{type}.gguf", type=["Q2_K", "Q2_K_S"], imatrix=str(tmp_path / "imatrix.gguf")
-    ).paths
+    types, out = ["Q2_K", "Q2_K_S"], tmp_path / "{type}.gguf"
+    weighed, small = llmcompress.quantize(model, out, type=types, imatrix=str(imatrix)).paths
     exact = log_probabilities(files["F32"], windows)
     divergence = {
         path: float((np.exp(exact) * (exact - log_probabilities(path, windows))).sum(-1).mean())
@@ -148,3 +157,36 @@ def test_an_importance_matrix_brings_q2_k_closer(
     with Model(small) as engine:  # llama.cpp makes no Q2_K_S without one
         assert engine.meta("quantize.imatrix.file") == "imatrix.gguf"
         assert engine.meta("quantize.imatrix.chunks_count") == str(len(windows))
+
+
+# With importance: the largest rise of perplexity over F32 in percent.
+ALLOWED_WEIGHTED = {
+    "IQ2_XXS": 12, "IQ2_XS": 8, "IQ2_S": 8, "IQ2_M": 6, "IQ3_XXS": 5, "IQ3_XS": 3, "IQ3_S": 2, "IQ3_M": 2,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def weighted_files(model: Path, imatrix: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    out = tmp_path_factory.mktemp("weighted") / "{type}.gguf"
+    result = llmcompress.quantize(model, out, type=[*ALLOWED_WEIGHTED], imatrix=str(imatrix))
+    return {output.type: output.paths[0] for output in result.outputs}
+
+
+@pytest.mark.parametrize("name", ALLOWED_WEIGHTED)
+def test_weighted_perplexity_is_sane_and_no_worse_than_with_ggmls_own_rounding(
+    name: str,
+    files: dict[str, Path],
+    weighted_files: dict[str, Path],
+    imatrix: Path,
+    windows: list[list[int]],
+    exact: float,
+    tmp_path: Path,
+) -> None:
+    sums = {tensor.name: np.array(tensor.data).reshape(-1) for tensor in gguf.GGUFReader(imatrix).tensors}
+    importance = {
+        name.removesuffix(".in_sum2"): total for name, total in sums.items() if name.endswith(".in_sum2")
+    }
+    theirs = rounded_by_ggml(weighted_files[name], files["F32"], tmp_path / "ggml.gguf", importance)
+    ours = perplexity(weighted_files[name], windows)
+    assert ours / exact - 1 < ALLOWED_WEIGHTED[name] / 100
+    assert ours < perplexity(theirs, windows) * 1.03
