@@ -64,6 +64,7 @@ def test_f32_logits_are_transformers_logits(name: str, tokenizers: dict[str, Pat
         assert_same_logits(model.logits(ids), expected(folder, ids), 1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_bf16_logits_are_transformers_logits(name: str, tokenizers: dict[str, Path], tmp_path: Path) -> None:
     folder = build(name, tmp_path / "tiny", tokenizers, torch.bfloat16)
@@ -78,6 +79,7 @@ def test_bf16_logits_are_transformers_logits(name: str, tokenizers: dict[str, Pa
     assert (found.argmax(-1) == wanted.argmax(-1)).mean() > 0.9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_every_k_type_loads_and_stays_close(name: str, tokenizers: dict[str, Path], tmp_path: Path) -> None:
     folder = build(name, tmp_path / "tiny", tokenizers, torch.bfloat16)

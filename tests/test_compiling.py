@@ -7,11 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from synthetic_checkpoint import Llama, write_checkpoint
 
 LINE = "compiling kernels for this CPU, once: F32 F16"
 
 
+@pytest.mark.slow
 def test_the_line_comes_once_and_only_where_something_is_compiled(tmp_path: Path) -> None:
     model = write_checkpoint(
         tmp_path / "model", Llama(layers=1, hidden=64, feed_forward=96, heads=2, kv_heads=1)

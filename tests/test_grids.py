@@ -128,6 +128,7 @@ def test_any_bytes_decode_as_in_ggml_and_gguf_py(name, ggml):
     assert same_floats(decoded, by_gguf)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("importance", [None, importance_of(256)], ids=["plain", "importance"])
 @pytest.mark.parametrize("name", BLOCKS)
 def test_extreme_blocks_stay_finite_and_near(name, importance):
@@ -177,6 +178,7 @@ def test_q8_0_has_ggmls_bytes(case, ggml):
     assert np.array_equal(grid.quantize(x, importance_of(x.shape[1])), grid.quantize(x))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weighing", ["plain", "importance"])
 @pytest.mark.parametrize("name", SEARCHED)
 def test_error_is_not_above_ggmls(name, weighing, ggml, sample_matrices):

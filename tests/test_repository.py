@@ -163,6 +163,7 @@ def readme_commands(root: Path) -> list[str]:
     return [line for block in blocks for line in block.splitlines() if line.startswith("llmcompress ")]
 
 
+@pytest.mark.slow
 def test_readme_commands_run_as_written(root: Path, tmp_path: Path) -> None:
     (tmp_path / "examples").symlink_to(root / "examples")
     commands = readme_commands(root)

@@ -33,6 +33,8 @@ from vocabulary_file import differing, open_vocabulary
 
 from llmcompress.errors import TokenizerError
 
+pytestmark = pytest.mark.slow
+
 # Qwen2 brings text into Unicode's normal form C first, llama.cpp never does: decomposed letters and
 # compatibility signs keep their spelling there. The conversion says so in a note.
 NOT_NORMAL = [
