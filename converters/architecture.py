@@ -63,7 +63,8 @@ def _interleave(rows: np.ndarray, size: int) -> np.ndarray:
 
 def plus_one(config: Config, tensor: TensorInfo) -> Operation:
     """Gemma stores the distance of a norm's weight from one; ggml multiplies by the weight itself."""
-    return Operation("plus one", 1, compute=lambda rows: rows + np.float32(1))
+    one = np.float32(1)
+    return Operation("plus one", 1, compute=lambda rows: rows + one, inverse=lambda rows: rows - one)
 
 
 def conv1d(config: Config, tensor: TensorInfo) -> Operation:

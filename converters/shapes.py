@@ -19,8 +19,8 @@ def check_shapes(steps: Sequence[Step], keys: Metadata, tokens: int) -> None:
         wanted = expected.get(module, step.shape)[: 1 if kind == "bias" else None]
         if step.pieces and step.shape != wanted:
             raise PlanError(
-                f"{step.pieces[0].tensor.name}: makes {step.name} {_shown(step.shape)}, by config.json it is "
-                f"{_shown(wanted)}; take both from one model"
+                f"{step.pieces[0].tensor.name}: makes {step.name} {shape_text(step.shape)}, by config.json it is "
+                f"{shape_text(wanted)}; take both from one model"
             )
 
 
@@ -51,5 +51,5 @@ def _expected(keys: Mapping[str, Any], tokens: int) -> dict[str, tuple[int, ...]
     }
 
 
-def _shown(shape: tuple[int, ...]) -> str:
+def shape_text(shape: tuple[int, ...]) -> str:
     return "x".join(map(str, shape)) or "of one number"

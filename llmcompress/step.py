@@ -16,14 +16,16 @@ from llmcompress.tensor_info import TensorInfo
 class Operation:
     """What happens to rows between the checkpoint and the grid.
 
-    `arrange` reorders raw rows `(rows, columns)` of any dtype within runs of `group` rows; `compute`
-    maps float32 rows to float32 rows. `transposed` means that the rows are the source's columns.
+    `arrange` reorders raw rows `(rows, columns)` of any dtype within runs of `group` rows, or the values of a
+    row where `group` is 1; `compute` maps float32 rows to float32 rows, and `inverse` maps them back.
+    `transposed` means that the rows are the source's columns.
     """
 
     name: str
     group: int = 1
     arrange: Callable[[np.ndarray], np.ndarray] | None = None
     compute: Callable[[np.ndarray], np.ndarray] | None = None
+    inverse: Callable[[np.ndarray], np.ndarray] | None = None
     transposed: bool = False
 
 
