@@ -1,4 +1,4 @@
-"""Importance matrices: files made by llama.cpp, small ones written here, and damaged ones."""
+"""Importance matrices in use: files made by llama.cpp, small ones written here, and damaged ones."""
 
 from __future__ import annotations
 
@@ -12,7 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmcompress.errors import GGUFError
-from llmcompress.gguf.imatrix import ImportanceMatrix, read_imatrix
+from llmcompress.gguf.imatrix import (
+    SHRINKAGE_TOKENS,
+    ImportanceMatrix,
+    mean_squares,
+    read_imatrix,
+    scarce_notes,
+)
+from llmcompress.gguf.imatrix_file import ImatrixFile
 from llmcompress.gguf.layout import TensorEntry, lay_out
 from llmcompress.gguf.types import TYPES
 from llmcompress.gguf.value import Metadata, ValueType, array, string, u32
@@ -57,15 +64,73 @@ def write_legacy(path: Path, entries: list[bytes], trailer: bytes = b"") -> Path
     return path
 
 
-def test_sums_become_means_expert_by_expert(tmp_path):
+def test_sums_become_means(tmp_path):
     matrix = read_imatrix(write_gguf(tmp_path / "a.gguf"))
     assert (matrix.datasets, matrix.chunks, matrix.chunk_size) == (("wiki.txt", "code.txt"), 7, 512)
-    assert list(matrix.entries) == [EXPERTS, DENSE]
-    expected = np.array([[1, 2, 3, 4], [1, 1, 1, 1], [0, 1, 0, 10]], np.float32)
-    np.testing.assert_array_equal(matrix.entries[EXPERTS], expected, strict=True)
+    assert (
+        list(matrix.entries) == [EXPERTS, DENSE] and EXPERTS in matrix.entries and "x" not in matrix.entries
+    )
     expected = np.float32([[1, 2, 3, 4, 5]]) / np.float32(3)  # the division llama-quantize does, in float32
     np.testing.assert_array_equal(matrix.entries[DENSE], expected, strict=True)
-    assert matrix.notes == (f"{EXPERTS!r}: no token reached 1 of its 3 matrices",)
+    few = "3 of 3 experts saw fewer than 32 tokens and lean on the mean of all: 0 (2), 1 (0), 2 (3)"
+    assert matrix.notes == (f"{EXPERTS!r}: {few}",)
+
+
+def test_experts_with_few_tokens_shrink_toward_the_mean_of_all():
+    """(sum + k x mean of all) / (tokens + k), worked out by hand."""
+    tokens = np.array([96, 0, 4, 3900])
+    squares = np.array([[96, 192], [0, 0], [40, 0], [3864, 11808]], np.float64)
+    everywhere = np.array([1, 3])  # 4000 / 4000 and 12000 / 4000
+    expected = [[1, (192 + 96) / 128], everywhere, [(40 + 32) / 36, 96 / 36], [3896 / 3932, 11904 / 3932]]
+    found = mean_squares(tokens, squares)
+    np.testing.assert_array_equal(found, np.float32(expected), strict=True)
+    plain = squares[3] / tokens[3]
+    assert np.abs(found[3] / plain - 1).max() < 0.01  # who saw many tokens hardly moves
+    assert SHRINKAGE_TOKENS == 32
+
+
+@given(st.lists(st.integers(0, 200), min_size=2, max_size=6), st.integers(0, 2**32 - 1))
+def test_shrunk_means_lie_between_the_experts_own_and_that_of_all(counts, seed):
+    tokens = np.array(counts)
+    squares = np.random.default_rng(seed).chisquare(3, (len(counts), 5)) * tokens[:, None]
+    found = mean_squares(tokens, squares)
+    if not tokens.any():
+        assert (found == 1).all()
+        return
+    everywhere = np.broadcast_to(squares.sum(0) / tokens.sum(), squares.shape)
+    own = np.divide(squares, tokens[:, None], where=tokens[:, None] > 0, out=everywhere.copy())
+    assert (found >= np.minimum(own, everywhere) * (1 - 1e-5)).all()
+    assert (found <= np.maximum(own, everywhere) * (1 + 1e-5)).all()
+
+
+def test_a_weight_that_no_token_reached_has_ones_and_is_reported():
+    for matrices in (1, 3):
+        found = mean_squares(np.zeros(matrices, np.int64), np.full((matrices, 2), 5.0))
+        np.testing.assert_array_equal(found, np.ones((matrices, 2), np.float32), strict=True)
+        notes = scarce_notes({"a": np.zeros(matrices, np.int64), "b": np.full(matrices, 32)})
+        assert notes == ["'a': no token reached it; all its inputs count alike"]
+
+
+def test_notes_name_no_more_experts_than_a_line_holds():
+    (note,) = scarce_notes({"a": np.arange(100, dtype=np.int64)})
+    assert (
+        note.endswith("0 (0), 1 (1), 2 (2), 3 (3), 4 (4), 5 (5), 6 (6), 7 (7), ...") and "32 of 100" in note
+    )
+
+
+def test_values_are_read_when_asked_for_and_only_of_the_file_that_was_opened(tmp_path):
+    path = write_gguf(tmp_path / "a.gguf", changed(DENSE + ".in_sum2", np.float32([1, np.nan])))
+    matrix = read_imatrix(path)
+    assert matrix.weights(EXPERTS, 3, 4) is not None
+    with pytest.raises(GGUFError, match="1 of 2 values .* the first is nan"):
+        matrix.weights(DENSE, 1, 2)
+    other = write_gguf(tmp_path / "b.gguf")
+    other.replace(path)
+    with pytest.raises(GGUFError, match="has changed since it was opened"):
+        matrix.weights(EXPERTS, 3, 4)
+    path.unlink()
+    with pytest.raises(GGUFError, match="cannot be read: No such file"):
+        matrix.weights(EXPERTS, 3, 4)
 
 
 def test_legacy_values_are_divided_by_their_calls(tmp_path):
@@ -80,13 +145,33 @@ def test_legacy_values_are_divided_by_their_calls(tmp_path):
 def test_oldest_legacy_files_end_after_their_entries(tmp_path):
     matrix = read_imatrix(write_legacy(tmp_path / "a.dat", [legacy_entry(b"output.weight", 1, [5])]))
     assert (matrix.datasets, matrix.chunks) == ((), None)
+    unnamed = write_legacy(
+        tmp_path / "b.dat", [legacy_entry(b"output.weight", 1, [5])], struct.pack("<ii", 3, 0)
+    )
+    assert (read_imatrix(unnamed).datasets, read_imatrix(unnamed).chunks) == ((), 3)
+
+
+def test_both_formats_of_llama_imatrix_say_the_same(root):
+    """Of a dense model; of experts the legacy file says too little to shrink them."""
+    folder = root / "tests" / "golden" / "imatrix"
+    new, old = read_imatrix(folder / "dense.gguf"), read_imatrix(folder / "dense.dat")
+    assert (len(new.entries), new.chunks, new.chunk_size, new.notes) == (42, 27, 128, ())
+    assert (list(old.entries), old.chunks, old.datasets) == (list(new.entries), 27, new.datasets)
+    for name, values in new.entries.items():
+        np.testing.assert_allclose(old.entries[name], values, rtol=1e-6)
+    new, old = ImatrixFile.open(folder / "experts.gguf"), read_imatrix(folder / "experts.dat")
+    name = "blk.1.ffn_down_exps.weight"
+    assert new[name].tokens.tolist() == [4, 0, 0, 8, 5, 4, 3, 8]
+    plain = new[name].squares / np.maximum(new[name].tokens, 1)[:, None]
+    plain[[1, 2]] = 1
+    np.testing.assert_allclose(old.weights(name, 8, 256), plain, rtol=1e-6)
 
 
 def test_weights_fit_the_tensor_or_are_refused(tmp_path):
     legacy = read_imatrix(write_legacy(tmp_path / "a.dat", [legacy_entry(EXPERTS.encode(), 1, range(12))]))
     assert legacy.weights(EXPERTS, 3, 4).tolist() == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
     made: ImportanceMatrix = read_imatrix(write_gguf(tmp_path / "a.gguf"))
-    assert made.weights(EXPERTS, 3, 4) is made.entries[EXPERTS]
+    assert np.array_equal(made.weights(EXPERTS, 3, 4), made.entries[EXPERTS])
     assert made.weights("blk.9.attn_q.weight", 1, 4) is None
     for matrices, inputs in [(4, 3), (1, 12), (3, 5)]:
         with pytest.raises(GGUFError, match=f"is for 3 x 4 inputs, the weight has {matrices} x {inputs}"):
@@ -122,18 +207,18 @@ def changed(name: str, values: np.ndarray | None) -> dict[str, np.ndarray]:
     [
         (changed(DENSE + ".counts", None), f"'{DENSE}' has .in_sum2, but no .counts"),
         (changed(EXPERTS + ".counts", COUNTS[:2]), f"'{EXPERTS}' has sums of 3 matrices and counts of 2"),
-        (changed(DENSE + ".in_sum2", np.float32([1, np.nan])), f"'{DENSE}.in_sum2': 1 of 2 .* first is nan"),
+        (changed(DENSE + ".in_sum2", np.float32([1, np.nan])), f"'{DENSE}': 1 of 2 .* first is nan"),
         (changed(DENSE + ".in_sum2", np.float32([1, np.inf])), "the first is inf"),
         (changed(DENSE + ".in_sum2", np.float32([1, -1])), "the first is -1.0"),
         (changed(DENSE + ".counts", np.float32([-1])), f"'{DENSE}.counts': 1 of 1 values are negative"),
-        (changed(DENSE + ".counts", np.float32([1e-39])), f"'{DENSE}': 5 of 5 values .* not finite"),
+        (changed(DENSE + ".counts", np.float32([1e30])), f"'{DENSE}.counts' is 1e\\+30; so many tokens"),
         (changed(DENSE + ".in_sum2", np.float16([1, 2])), f"'{DENSE}.in_sum2' is F16; an .* holds F32"),
         ({"a.weight": np.float32([1])}, "none of its tensors ends in .in_sum2"),
     ],
 )
 def test_damaged_entries_are_named(tmp_path, tensors, message):
     with pytest.raises(GGUFError, match=message):
-        read_imatrix(write_gguf(tmp_path / "a.gguf", tensors))
+        dict(read_imatrix(write_gguf(tmp_path / "a.gguf", tensors)).entries)
 
 
 def test_other_tensors_are_reported(tmp_path):
@@ -146,7 +231,7 @@ def test_other_tensors_are_reported(tmp_path):
 def test_a_gguf_without_the_keys_of_llama_imatrix_is_refused(tmp_path, key):
     for metadata in ({k: v for k, v in KEYS.items() if k != key}, {**KEYS, key: array(ValueType.UINT8, b"")}):
         if key == "imatrix.datasets" and key in metadata:
-            metadata[key] = u32(1)
+            metadata[key] = array(ValueType.UINT32, [1])
         with pytest.raises(GGUFError, match=key):
             read_imatrix(write_gguf(tmp_path / "a.gguf", TENSORS, metadata))
 
@@ -171,13 +256,14 @@ ENTRY = legacy_entry(b"a", 1, [1, 2])
         (struct.pack("<i", 1) + legacy_entry(b"a", 1, [float("nan")]), "'a': 1 of 1 values"),
         (struct.pack("<i", 1) + legacy_entry(b"a", 1, [-2]), "'a': 1 of 1 values .* -2.0"),
         (struct.pack("<i", 1) + ENTRY + struct.pack("<ii", 5, 9) + b"wiki", "data set at byte 33 needs 9"),
+        (struct.pack("<i", 1) + ENTRY + struct.pack("<ii", -5, 0), "made of -5 chunks"),
     ],
 )
 def test_damaged_legacy_files(tmp_path, content, message):
     path = tmp_path / "a.dat"
     path.write_bytes(content)
     with pytest.raises(GGUFError, match=message) as caught:
-        read_imatrix(path)
+        dict(read_imatrix(path).entries)
     assert str(caught.value).startswith(f"{path}: ") and "\n" not in str(caught.value)
 
 

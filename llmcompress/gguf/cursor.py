@@ -51,6 +51,12 @@ class Cursor:
         self.at += count
         return data
 
+    def skip(self, count: int, what: str) -> None:
+        """Pass over `count` bytes unread."""
+        self.need(count, what)
+        self.file.seek(count, os.SEEK_CUR)
+        self.at += count
+
     def numbers(self, codes: str, what: str) -> tuple:
         """Values packed as `codes` say, in the struct module's letters."""
         return struct.unpack("<" + codes, self.take(struct.calcsize("<" + codes), what))
