@@ -23,17 +23,20 @@ from llmcompress.recipe import read_recipe
 # Lower layers may not import higher ones.
 LAYERS = [
     {"errors"},
-    {"small_file"},
+    {"small_file", "whole_file", "reported", "calibration_data", "documents"},
     {"json_object", "tensor_info", "sizes", "machine", "progress", "parallel"},
     {"gguf"},
+    {"stats", "stats_table"},
     {"hub", "safetensors_header", "torch_pickle", "torch_zip", "checkpoint"},
+    {"text_sources", "token_stream", "token_rows"},
     {"grids", "mix", "filetypes", "inspect"},
     {"recipe", "step", "arrays"},
     {"output"},
     {"plan"},
     {"slab", "journal", "verify", "report", "run", "fallback"},
     {"converters"},
-    {"display"},
+    {"display", "stats_display"},
+    {"stats_commands"},
     {"cli", "__main__"},
 ]
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
