@@ -84,7 +84,7 @@ def test_f32_is_the_checkpoint_bit_for_bit(made, monkeypatch) -> None:
                     assert np.array_equal(found, wanted), tensor
 
 
-@pytest.mark.parametrize("type", ["Q8_0", "Q4_K_M"])
+@pytest.mark.parametrize("type", [pytest.param("Q8_0", marks=pytest.mark.slow), "Q4_K_M"])
 def test_decoded_weights_make_the_tensors_gguf_py_decodes(type, made, tmp_path) -> None:
     """The checkpoint read back, converted forward to F32: its tensors are those of the quantized file."""
     name, checkpoint, paths = made
