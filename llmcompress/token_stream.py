@@ -26,7 +26,7 @@ class Tokenise:
         self.start, self.end = full[:at], full[at + len(plain) :]
 
     def plain(self, text: str, special: bool = True) -> list[int]:
-        """Token ids of `text`, nothing around them; special tokens written in it are read as such, or as text."""
+        """Token ids of `text`, nothing around them; special tokens written in it are read as such or as text."""
         flags = {"add_special_tokens": False, "split_special_tokens": not special, "verbose": False}
         return self.tokenizer(text, **flags)["input_ids"]
 
