@@ -26,7 +26,7 @@ LAYERS = [
     {"small_file", "whole_file", "reported", "calibration_data", "documents"},
     {"json_object", "tensor_info", "sizes", "machine", "progress", "parallel"},
     {"gguf"},
-    {"stats", "stats_table"},
+    {"stats", "stats_table", "divergence", "logits_file"},
     {"hub", "safetensors_header", "torch_pickle", "torch_zip", "checkpoint"},
     {"text_sources", "token_stream", "token_rows"},
     {"grids", "mix", "filetypes", "inspect"},
