@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import functools
 import json
-import os
-import sys
-from collections.abc import Callable
 from typing import Annotated, Any, Optional
 
 import typer
 
-from llmcompress import __version__
-from llmcompress.errors import LlmcompressError, RecipeError
+from llmcompress import __version__, model_commands, stats_commands
+from llmcompress.errors import RecipeError
+from llmcompress.reported import reported
 
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
     rich_markup_mode=None,
-    help="Hugging Face language models to GGUF, quantized in one pass with bounded memory.",
+    help="Hugging Face language models to GGUF: quantized in one pass with bounded memory, calibrated, evaluated.",
 )
 
 CONVERT_TYPES = ("auto", "F32", "F16", "BF16", "Q8_0")
@@ -117,31 +114,6 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON."
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")]
 
 
-def reported(command: Callable) -> Callable:
-    """Errors of ours become one line and exit code 2, Ctrl-C exit code 130."""
-
-    @functools.wraps(command)
-    def wrapped(*args: Any, **kwargs: Any) -> None:
-        try:
-            command(*args, **kwargs)
-        except LlmcompressError as error:
-            typer.echo(f"error: {error}", err=True)
-            raise typer.Exit(2) from None
-        except KeyboardInterrupt:
-            typer.echo("stopped: the same command goes on from here", err=True)
-            raise typer.Exit(130) from None
-        except OSError as error:
-            if error.filename is not None:  # a file's error has become one of ours: this is a bug
-                raise
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            if isinstance(error, BrokenPipeError):  # the reader of our output, such as head, has seen enough
-                raise typer.Exit(0) from None
-            typer.echo(f"error: standard output cannot be written: {error.strerror}", err=True)
-            raise typer.Exit(2) from None
-
-    return wrapped
-
-
 def job(
     name: str, summary: str, types: tuple[str, ...], allowed: tuple[str, ...] = (), dry: bool = False
 ) -> None:
@@ -224,6 +196,11 @@ job(
     types=("Q4_K_M",),
     dry=True,
 )
+
+
+app.command("calibrate")(model_commands.calibrate)
+app.command("evaluate")(model_commands.evaluate)
+app.add_typer(stats_commands.app, name="stats")
 
 
 @app.command("inspect")

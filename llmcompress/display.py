@@ -9,7 +9,7 @@ from math import prod
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 from rich.table import Table
 from rich.text import Text
@@ -37,22 +37,32 @@ def live_progress() -> Progress:
     return Bar() if _err.is_terminal else Log()
 
 
+def print_out(shown: Any) -> None:
+    """A line or a table on standard output."""
+    _out.print(shown, soft_wrap=isinstance(shown, str))
+
+
 class Bar(Progress):
-    """Bytes of the source, their rate and the time left."""
+    """What is done of the whole, its rate and the time left."""
 
     def __init__(self) -> None:
         self._bar = RichProgress(
-            TextColumn("{task.description:8}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(),
+            TextColumn("{task.description:8}"), BarColumn(), TextColumn("{task.fields[amounts]}"),
             TimeRemainingColumn(), console=_err,
         )  # fmt: skip
         self._task = None
 
-    def start(self, phase: str, total: int) -> None:
+    def start(self, phase: str, total: int, unit: str = "bytes") -> None:
+        self._unit = unit
         self._bar.start()
-        self._task = self._bar.add_task(phase, total=total)
+        self._task = self._bar.add_task(phase, total=total, amounts="")
 
     def advance(self, count: int) -> None:
         self._bar.advance(self._task, count)
+        task = self._bar.tasks[self._task]
+        amounts = f"{_amount(task.completed, self._unit)}/{_amount(task.total, self._unit)}"
+        rate = f"  {_amount(task.speed, self._unit)}/s" if task.speed else ""
+        self._bar.update(self._task, amounts=amounts + rate)
 
     def say(self, line: str) -> None:
         _err.print(line, soft_wrap=True)
@@ -67,7 +77,8 @@ class Log(Progress):
     def __init__(self) -> None:
         self._phase, self._total, self._done, self._began, self._last = "", 0, 0, 0.0, 0.0
 
-    def start(self, phase: str, total: int) -> None:
+    def start(self, phase: str, total: int, unit: str = "bytes") -> None:
+        self._unit = unit
         self._phase, self._total, self._done = phase, total, 0
         self._began = self._last = time.monotonic()
 
@@ -79,13 +90,16 @@ class Log(Progress):
         self._last = now
         rate = self._done / max(now - self._began, 1e-6)
         left = (self._total - self._done) / rate
-        line = (
-            f"{self._phase}: {format_size(self._done)} of {format_size(self._total)}, {format_size(rate)}/s"
-        )
+        done, total, each = (_amount(count, self._unit) for count in (self._done, self._total, rate))
+        line = f"{self._phase}: {done} of {total}, {each}/s"
         self.say(line + (f", {left:.0f} s left" if self._done < self._total else ""))
 
     def say(self, line: str) -> None:
         _err.print(line, soft_wrap=True)
+
+
+def _amount(count: float, unit: str) -> str:
+    return format_size(count) if unit == "bytes" else f"{count:,.0f} {unit}"
 
 
 def show_plan(plan: Plan) -> None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 
 class Progress:
-    """Says nothing. `start` opens a phase of `total` bytes of the source, `advance` counts them."""
+    """Says nothing. `start` opens a phase of `total` bytes of the source, or of another unit; `advance` counts them."""
 
-    def start(self, phase: str, total: int) -> None:
+    def start(self, phase: str, total: int, unit: str = "bytes") -> None:
         """A phase begins."""
 
     def advance(self, count: int) -> None:
-        """`count` more bytes are done."""
+        """`count` more are done."""
 
     def say(self, line: str) -> None:
         """Something worth knowing, in one line."""

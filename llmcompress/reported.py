@@ -12,6 +12,9 @@ import typer
 
 from llmcompress.errors import LlmcompressError
 
+_CALIBRATE = "running a model needs pip install 'llmcompress[calibrate]'"
+EXTRAS = ("torch", "transformers", "greenlet", "accelerate", "jinja2", "pyarrow", "datasets")
+
 
 def reported(command: Callable) -> Callable:
     """Errors of ours become one line and exit code 2, Ctrl-C exit code 130."""
@@ -22,6 +25,11 @@ def reported(command: Callable) -> Callable:
             command(*args, **kwargs)
         except LlmcompressError as error:
             typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(2) from None
+        except ModuleNotFoundError as error:
+            if error.name not in EXTRAS:
+                raise
+            typer.echo(f"error: {error.name} is not installed; {_CALIBRATE}", err=True)
             raise typer.Exit(2) from None
         except KeyboardInterrupt:
             typer.echo("stopped: the same command goes on from here", err=True)

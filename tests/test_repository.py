@@ -28,7 +28,10 @@ LAYERS = [
     {"gguf"},
     {"stats", "stats_table", "divergence", "logits_file"},
     {"hub", "safetensors_header", "torch_pickle", "torch_zip", "checkpoint"},
-    {"text_sources", "token_stream", "token_rows"},
+    {"text_sources", "token_stream", "token_rows", "compute"},
+    {"hidden_states", "linear_inputs", "block_weights", "calibration_state"},
+    {"blocks"},
+    {"calibrate", "evaluate"},
     {"grids", "mix", "filetypes", "inspect"},
     {"recipe", "step", "arrays"},
     {"output"},
@@ -36,7 +39,8 @@ LAYERS = [
     {"slab", "journal", "verify", "report", "run", "fallback"},
     {"converters"},
     {"display", "stats_display"},
-    {"stats_commands"},
+    {"model_display"},
+    {"stats_commands", "model_commands"},
     {"cli", "__main__"},
 ]
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
@@ -139,6 +143,7 @@ def test_a_wheel_holds_every_module_and_data_file(root: Path, tmp_path: Path) ->
         path = file.relative_to(root).as_posix()
         assert (path if path.startswith("llmcompress/") else f"llmcompress/{path}") in held
     assert "llmcompress/converters/pretokenizers.json" in held
+    assert "llmcompress/calibration_data/prose.txt" in held
     assert any(name.endswith("licenses/LICENSE") for name in held)
 
 

@@ -47,7 +47,7 @@ class Kill(Progress):
     def __init__(self, phase: str, count: int, signal: int = signal.SIGKILL) -> None:
         self.phase, self.count, self.signal, self.now = phase, count, signal, ""
 
-    def start(self, phase: str, total: int) -> None:
+    def start(self, phase: str, total: int, unit: str = "bytes") -> None:
         self.now = phase
 
     def advance(self, count: int) -> None:

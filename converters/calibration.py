@@ -1,0 +1,173 @@
+"""The job of `calibrate`: a checkpoint and texts to a statistics file under the names of GGUF."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from llmcompress.converters.architecture import steps_of
+from llmcompress.converters.config import Config
+from llmcompress.converters.families import find_architecture
+from llmcompress.converters.model import lockstep_of, read_tokenizer
+
+from llmcompress import __version__
+from llmcompress.blocks import DEFAULT_HIDDEN_BYTES, Lockstep
+from llmcompress.calibrate import BATCH_TOKENS, GROUP_TOKENS, Calibration, batches_of, calibrate
+from llmcompress.calibration_state import CalibrationState
+from llmcompress.checkpoint import Checkpoint
+from llmcompress.errors import LlmcompressError
+from llmcompress.gguf.imatrix import scarce_notes
+from llmcompress.progress import Progress
+from llmcompress.stats import Statistics, TensorStats
+from llmcompress.step import Step
+from llmcompress.token_rows import TokenRows, calibration_rows, source_text, window_rows
+
+WINDOWS = ("packed", "llama.cpp")
+
+
+@dataclass(frozen=True)
+class CalibrationOptions:
+    """What to calibrate on, and how. Fields behind `hidden_ram` do not change the sums beyond rounding."""
+
+    data: tuple[str, ...] = ("default",)
+    tokens: int = 2**18
+    chunk: int = 512
+    seed: int = 0
+    windows: str = "packed"  # documents, or "llama.cpp": the text cut as llama-imatrix does
+    device: str = "auto"
+    dtype: str = "auto"
+    hidden_ram: int = DEFAULT_HIDDEN_BYTES  # bytes of waiting hidden states, more go to disk
+    batch_tokens: int = BATCH_TOKENS
+    save_every: int = GROUP_TOKENS  # tokens
+
+
+@dataclass(frozen=True)
+class CalibrationReport:
+    """A finished calibration: the sums, and what the user should know."""
+
+    path: Path
+    statistics: Statistics
+    tokens: int
+    resumed: int  # tokens among them whose sums an earlier run left
+    dtype: str
+    notes: tuple[str, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        counts = {name: stats.tokens.tolist() for name, stats in self.statistics.entries.items()}
+        return {
+            "path": str(self.path), "tokens": self.tokens, "resumed": self.resumed, "dtype": self.dtype,
+            "tokens_of_weights": counts, "notes": list(self.notes),
+        }  # fmt: skip
+
+
+def calibrate_model(
+    model: str | Path,
+    out: str | Path,
+    options: CalibrationOptions,
+    progress: Progress,
+    hessian: Path | None = None,
+) -> CalibrationReport:
+    """Calibrate `model` and write the statistics to `out`, a .gguf or .dat that llama.cpp's tools read too.
+
+    With `hessian`, a folder, XᵀX of every weight goes there. Killed, the same call goes on where it stopped.
+    Raises LlmcompressError.
+    """
+    out = Path(out)
+    checkpoint = Checkpoint.open(model)
+    checkpoint.require_plain()
+    rows = rows_of(checkpoint, options)
+    lockstep = lockstep_of(checkpoint, options.dtype, options.device, options.hidden_ram)
+    if hessian:
+        hessian.mkdir(parents=True, exist_ok=True)
+    state = CalibrationState(
+        out.with_name(f"{out.name}.state"), _fingerprint(checkpoint, rows, options, lockstep), hessian
+    )
+    batches = batches_of(rows.rows, options.batch_tokens)
+    found = calibrate(lockstep, batches, progress, state, options.save_every)
+    statistics = gguf_statistics(checkpoint, lockstep, found, rows)
+    statistics.save(out)
+    state.finish()
+    notes = (*rows.notes, *found.complaints, *scarce_notes(_counts(statistics)))
+    return CalibrationReport(
+        out, statistics, rows.tokens, found.resumed, str(lockstep.model.dtype)[6:], notes
+    )
+
+
+def rows_of(checkpoint: Checkpoint, options: CalibrationOptions) -> TokenRows:
+    """The rows of tokens that `options` ask for, by the checkpoint's own tokenizer."""
+    tokenizer = read_tokenizer(checkpoint.directory)
+    if options.windows not in WINDOWS:
+        raise LlmcompressError(f"--windows {options.windows}: is none of {', '.join(WINDOWS)}")
+    if options.windows == "packed":
+        return calibration_rows(tokenizer, options.data, options.tokens, options.chunk, options.seed)
+    texts = [source_text(tokenizer, source) for source in options.data]
+    rows = window_rows(tokenizer, "".join(text for text, _ in texts), options.chunk, "llama.cpp")
+    return replace(
+        rows, sources=options.data, notes=(*(note for _, notes in texts for note in notes), *rows.notes)
+    )
+
+
+def gguf_statistics(
+    checkpoint: Checkpoint, lockstep: Lockstep, found: Calibration, rows: TokenRows
+) -> Statistics:
+    """Sums by parameter of the model to sums by tensor of its GGUF; a weight that got no data has zeros."""
+    return Statistics(
+        entries_of(weight_steps(checkpoint), lockstep, found),
+        rows.sources,
+        len(rows.rows),
+        rows.chunk,
+        {
+            "calibration.tokens_sha256": rows.sha256,
+            "calibration.tokens": str(rows.tokens),
+            "calibration.dtype": str(lockstep.model.dtype)[6:],
+            "calibration.model": checkpoint.name,
+            "version": __version__,
+        },
+    )
+
+
+def weight_steps(checkpoint: Checkpoint) -> list[Step]:
+    """The tensors of the checkpoint's GGUF that have rows."""
+    architecture = find_architecture(Config(checkpoint.config))
+    tokens = architecture.config(checkpoint.config).need("vocab_size")
+    return [step for step in steps_of(architecture, checkpoint, tokens)[0] if step.pieces]
+
+
+def entries_of(steps: Sequence[Step], lockstep: Lockstep, found: Calibration) -> dict[str, TensorStats]:
+    """Sums for every step whose weights are multiplied with inputs, experts in the order of the step."""
+    entries = {}
+    for step in steps:
+        targets = [lockstep.weights.targets.get(piece.tensor.name) for piece in step.pieces]
+        if len(step.shape) < 2 or any(
+            not target or target.parameter not in found.expected for target in targets
+        ):
+            continue
+        if len(set(targets)) == 1:  # one weight, or experts that the checkpoint has stacked already
+            entries[step.name] = _sums(found, targets[0].parameter, step.columns)
+        else:
+            parts = [(_sums(found, target.parameter, step.columns), target.matrix) for target in targets]
+            entries[step.name] = TensorStats(
+                np.array([sums.tokens[matrix] for sums, matrix in parts]),
+                np.stack([sums.squares[matrix] for sums, matrix in parts]),
+            )
+    return entries
+
+
+def _sums(found: Calibration, parameter: str, inputs: int) -> TensorStats:
+    return found.sums.get(parameter) or TensorStats.zeros(found.expected[parameter], inputs)
+
+
+def _counts(statistics: Statistics) -> dict[str, np.ndarray]:
+    return {name: stats.tokens for name, stats in statistics.entries.items()}
+
+
+def _fingerprint(
+    checkpoint: Checkpoint, rows: TokenRows, options: CalibrationOptions, lockstep: Lockstep
+) -> str:
+    parts = (checkpoint.fingerprint(), rows.sha256, str(lockstep.model.dtype), options.batch_tokens,
+             options.save_every, options.device)  # fmt: skip
+    return hashlib.sha256(repr(parts).encode()).hexdigest()

@@ -1,0 +1,63 @@
+"""A checkpoint or artefact as a model that runs: its tokenizer, its blocks in lockstep, or the whole of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import transformers
+from llmcompress.converters.from_gguf import DecodedGGUF
+
+from llmcompress.block_weights import PartWeights, WholeWeights, empty_model
+from llmcompress.blocks import DEFAULT_HIDDEN_BYTES, Lockstep
+from llmcompress.checkpoint import Checkpoint
+from llmcompress.compute import compute_device, compute_dtype
+from llmcompress.errors import CheckpointError
+
+
+def lockstep_of(
+    checkpoint: Checkpoint | DecodedGGUF, dtype: str, device: str, hidden_ram: int = DEFAULT_HIDDEN_BYTES
+) -> Lockstep:
+    """The model of a checkpoint, ready to run on a device in a type, each by name or `auto`."""
+    at = compute_device(device)
+    matrix = max(checkpoint.index.values(), key=lambda tensor: tensor.rows)
+    return Lockstep.of(
+        checkpoint, compute_dtype(dtype, at.type, matrix.columns, matrix.dtype), at, hidden_ram
+    )
+
+
+def read_tokenizer(directory: Path) -> transformers.PreTrainedTokenizerBase:
+    """A model's tokenizer. Raises CheckpointError."""
+    try:
+        return transformers.AutoTokenizer.from_pretrained(directory)
+    except (ValueError, OSError, KeyError) as error:
+        raise CheckpointError(
+            f"{directory}: no tokenizer that transformers reads: {' '.join(str(error).split())[:300]}"
+        ) from error
+
+
+def is_quantized(config: dict) -> bool:
+    """Whether config.json says that the weights are quantized: transformers then has to load them itself."""
+    return bool(config.get("quantization_config"))
+
+
+def loaded_by_transformers(directory: Path, dtype: torch.dtype, device: torch.device) -> Lockstep:
+    """A checkpoint in whatever quantized form transformers and its helpers read, in memory as a whole."""
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            directory, dtype=dtype, device_map={"": device}, experts_implementation="eager"
+        )
+    except (ImportError, ValueError, OSError, RuntimeError, KeyError) as error:
+        raise CheckpointError(
+            f"{directory}: transformers cannot load it: {' '.join(str(error).split())[:300]}"
+        ) from error
+    return Lockstep(model.eval(), WholeWeights(), device)
+
+
+def whole_model(
+    checkpoint: Checkpoint | DecodedGGUF, dtype: torch.dtype, device: torch.device
+) -> transformers.PreTrainedModel:
+    """The model with all its weights in memory, as other programs want it."""
+    model = empty_model(checkpoint.directory, dtype, device)
+    PartWeights(model, checkpoint, device).load(set(model.state_dict()))
+    return model

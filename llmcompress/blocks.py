@@ -1,0 +1,212 @@
+"""Running a model block by block, for all batches in lockstep, with one block's weights in memory.
+
+The model's own `forward` runs once for each batch, inside a greenlet. Each decoder block's `forward` is replaced by
+one that parks the call until the block's weights are there; so masks, rotary embeddings and whatever else a model
+hands to its blocks pass through untouched, and no line here is about an architecture.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from greenlet import getcurrent, greenlet
+from torch import nn
+from transformers import PreTrainedModel
+
+from llmcompress.block_weights import PartWeights, Readable, WholeWeights, empty_model
+from llmcompress.errors import RunError
+from llmcompress.hidden_states import HiddenStates
+
+DEFAULT_HIDDEN_BYTES = 2**30
+
+
+@dataclass
+class _Arrival:
+    """A call that waits at a block."""
+
+    block: int
+    args: tuple
+    kwargs: dict[str, Any]
+
+    @property
+    def hidden(self) -> torch.Tensor:
+        return _hidden_of(self.args or tuple(self.kwargs.values()))
+
+
+class Lockstep:
+    """One model and the batches on their way through it.
+
+    `start` brings every batch to the first block; `through` takes all of them through the next one; `finish` brings
+    them out one after the other. A second `start` begins a new pass. Use it under `torch.no_grad()`.
+
+    blocks: names of the decoder blocks, such as `model.layers.0`, in order.
+    `weights` are read as they are needed, onto `device`. Hidden states beyond `hidden_bytes` bytes wait in a file.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, weights: PartWeights | WholeWeights, device: torch.device,
+        hidden_bytes: int = DEFAULT_HIDDEN_BYTES,
+    ) -> None:  # fmt: skip
+        self.model, self.weights, self.device = model, weights, device
+        self.blocks, modules = _decoder_blocks(self.model)
+        self._hidden_bytes = hidden_bytes
+        self._forwards = [module.forward for module in modules]
+        for block, module in enumerate(modules):
+            module.forward = self._parking(block)
+        self._hub = getcurrent()
+        self._calls: list[greenlet] = []
+        self._waiting: list[_Arrival | torch.Tensor] = []  # a block's output, once the last block is done
+
+    @classmethod
+    def of(
+        cls, checkpoint: Readable, dtype: torch.dtype, device: torch.device,
+        hidden_bytes: int = DEFAULT_HIDDEN_BYTES,
+    ) -> Lockstep:  # fmt: skip
+        """The model of a checkpoint, one part of it in memory at a time, in `dtype`. Raises CheckpointError."""
+        model = empty_model(checkpoint.directory, dtype, device)
+        return cls(model, PartWeights(model, checkpoint, device), device, hidden_bytes)
+
+    def parameters_of(self, block: int) -> dict[str, nn.Parameter]:
+        """The parameters and buffers of one block, by their full names."""
+        inside = f"{self.blocks[block]}."
+        return {name: value for name, value in self._state().items() if name.startswith(inside)}
+
+    def start(self, batches: Sequence[torch.Tensor]) -> None:
+        """Run every batch, int64 (rows, tokens) without padding, up to the first block."""
+        self._hub = getcurrent()
+        self._hidden = HiddenStates(self._hidden_bytes)
+        self._calls = [greenlet(self._forward) for _ in batches]
+        with self.weights.loaded(self._entry()):
+            self._waiting = [
+                self._arrived(batch, call.switch(tokens.to(self.device)), 0)
+                for batch, (call, tokens) in enumerate(zip(self._calls, batches))
+            ]
+
+    @contextlib.contextmanager
+    def loaded(self, block: int) -> Iterator[dict[str, nn.Parameter]]:
+        """The block's parameters, holding their weights inside this context."""
+        with self.weights.loaded(set(self.parameters_of(block))):
+            yield self.parameters_of(block)
+
+    def hidden(self, batch: int) -> torch.Tensor:
+        """What a waiting batch brings to its next block, or brought out of the last: (rows, tokens, hidden)."""
+        waiting = self._waiting[batch]
+        return waiting.hidden if isinstance(waiting, _Arrival) else _hidden_of(waiting)
+
+    def through(self, block: int, seen: Callable[[int, torch.Tensor], None] | None = None) -> None:
+        """Take every batch through `block`, whose weights are loaded, and on to the next.
+
+        `seen(batch, output)` gets each output, (rows, tokens, hidden).
+        """
+        for batch, call in enumerate(self._calls):
+            arrival = self._waiting[batch]
+            output = self._forwards[block](*arrival.args, **arrival.kwargs)
+            if seen:
+                seen(batch, _hidden_of(output))
+            del arrival
+            if block + 1 < len(self.blocks):
+                self._waiting[batch] = self._arrived(batch, call.switch(output), block + 1)
+            else:  # what follows needs the head, and gives logits too large to hold for all
+                self._hidden.keep(batch, _hidden_of(output))
+                self._waiting[batch] = output
+
+    def finish(self) -> Iterator[torch.Tensor]:
+        """The logits of every batch in turn, (rows, tokens, vocabulary)."""
+        with self.weights.loaded(self._exit()):
+            for batch, call in enumerate(self._calls):
+                logits = call.switch(self._waiting[batch])
+                self._forget(batch)
+                yield logits
+
+    def finish_before_head(self, seen: Callable[[int, torch.Tensor], None]) -> None:
+        """Hand the inputs of the output matrix, (rows, tokens, hidden), to `seen(batch, inputs)`; the matrix itself
+        is neither read nor multiplied."""
+        head = self.model.get_output_embeddings()
+        forward = head.forward
+        head.forward = self._stopping
+        try:
+            with self.weights.loaded(self._exit() - self._owned_by(head)):
+                for batch, call in enumerate(self._calls):
+                    seen(batch, call.switch(self._waiting[batch]))
+                    call.throw()  # ends the forward there
+                    self._forget(batch)
+        finally:
+            head.forward = forward
+
+    @property
+    def head(self) -> str:
+        """The output matrix's parameter, by the name that has a tensor in the checkpoint: tied, the embedding's."""
+        names = self._owned_by(self.model.get_output_embeddings())
+        return min(names & {target.parameter for target in self.weights.targets.values()})
+
+    def _forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.model(input_ids=tokens, use_cache=False).logits
+
+    def _parking(self, block: int) -> Callable:
+        def park(*args: Any, **kwargs: Any) -> Any:
+            return self._hub.switch(_Arrival(block, args, kwargs))
+
+        return park
+
+    def _stopping(self, inputs: torch.Tensor) -> None:
+        self._hub.switch(inputs)
+
+    def _arrived(self, batch: int, arrival: Any, block: int) -> _Arrival:
+        if not isinstance(arrival, _Arrival) or arrival.block != block:
+            raise RunError(
+                f"{self.blocks[block]}: {type(self.model).__name__} does not run its blocks one after the other, "
+                "each once; it cannot be run block by block"
+            )
+        self._hidden.keep(batch, arrival.hidden)
+        return arrival
+
+    def _forget(self, batch: int) -> None:
+        self._waiting[batch] = self._calls[batch] = None
+        self._hidden.release(batch)
+
+    def _outside(self) -> set[str]:
+        inside = tuple(f"{block}." for block in self.blocks)
+        return {name for name in self._state() if not name.startswith(inside)}
+
+    def _entry(self) -> set[str]:
+        """What lies outside the blocks, but for an output matrix of its own."""
+        head = self._owned_by(self.model.get_output_embeddings())
+        return self._outside() - (head - self._owned_by(self.model.get_input_embeddings()))
+
+    def _exit(self) -> set[str]:
+        """What lies outside the blocks, but for an embedding that is not the output matrix too."""
+        embedding = self._owned_by(self.model.get_input_embeddings())
+        return self._outside() - (embedding - {self.head})
+
+    def _owned_by(self, module: nn.Module) -> set[str]:
+        """Names of a module's parameters, with the other names of those that are tied."""
+        own = {id(value) for value in module.state_dict(keep_vars=True).values()}
+        return {name for name, value in self._state().items() if id(value) in own}
+
+    def _state(self) -> dict[str, nn.Parameter]:
+        return self.model.state_dict(keep_vars=True)
+
+
+def _decoder_blocks(model: nn.Module) -> tuple[list[str], list[nn.Module]]:
+    """The longest list of modules that lies in no other list."""
+    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    outer = [
+        (name, module)
+        for name, module in lists
+        if not any(name.startswith(f"{other}.") for other, _ in lists)
+    ]
+    if not outer:
+        raise RunError(
+            f"{type(model).__name__} has no list of decoder blocks; it cannot be run block by block"
+        )
+    name, modules = max(outer, key=lambda found: len(found[1]))
+    return [f"{name}.{block}" for block in range(len(modules))], list(modules)
+
+
+def _hidden_of(output: Any) -> torch.Tensor:
+    """The hidden states among a block's inputs or outputs: the first of them."""
+    return output if isinstance(output, torch.Tensor) else output[0]

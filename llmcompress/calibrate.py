@@ -1,0 +1,164 @@
+"""Token rows through a model, block by block, and out come the sums of every weight's inputs.
+
+Batches go in groups: each group is one pass over the weights, after which the sums are saved, so that a killed
+calibration goes on with the next group and ends in the same sums.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from llmcompress.blocks import Lockstep
+from llmcompress.calibration_state import CalibrationState, add_sums
+from llmcompress.linear_inputs import LinearInputs
+from llmcompress.progress import Progress
+from llmcompress.stats import TensorStats
+
+BATCH_TOKENS = 2048
+GROUP_TOKENS = 2**16  # between two saves
+
+
+@dataclass
+class Calibration:
+    """What a calibration found, by the names of the model's parameters.
+
+    sums: the inputs of every weight that got any. expected: the matrices that could have got some, and in how many
+    stacked matrices. complaints: NaNs and infinities that were left out, a line each. resumed: tokens whose sums
+    came from an earlier, killed run.
+    """
+
+    sums: dict[str, TensorStats] = field(default_factory=dict)
+    expected: dict[str, int] = field(default_factory=dict)
+    complaints: list[str] = field(default_factory=list)
+    resumed: int = 0
+
+
+def batches_of(rows: Sequence[np.ndarray], tokens: int = BATCH_TOKENS) -> list[torch.Tensor]:
+    """Rows of one length stacked to int64 (rows, length) of at most about `tokens` tokens; no padding is needed.
+
+    The longest come first, rows of one length in their order.
+    """
+    batches = []
+    for length, alike in itertools.groupby(sorted(rows, key=len, reverse=True), key=len):
+        rows_each = max(1, tokens // length)
+        alike = list(alike)
+        batches += [
+            torch.from_numpy(np.stack(alike[first : first + rows_each]).astype(np.int64))
+            for first in range(0, len(alike), rows_each)
+        ]
+    return batches
+
+
+def groups_of(batches: Sequence[torch.Tensor], tokens: int = GROUP_TOKENS) -> Iterator[list[torch.Tensor]]:
+    """Batches that go through the model together: about `tokens` tokens."""
+    group: list[torch.Tensor] = []
+    for batch in batches:
+        group.append(batch)
+        if sum(member.numel() for member in group) >= tokens:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+def calibrate(
+    lockstep: Lockstep,
+    batches: Sequence[torch.Tensor],
+    progress: Progress,
+    state: CalibrationState | None = None,
+    group_tokens: int = GROUP_TOKENS,
+    after_block: Callable[[int, Calibration], None] | None = None,
+) -> Calibration:
+    """Run `batches`, int64 (rows, tokens), through the model and add up what goes into each of its weights.
+
+    The output matrix gets its sums too; it is neither read nor multiplied. `state` keeps the sums after each group
+    of about `group_tokens` tokens, and XᵀX if it has a folder for them. `after_block(block, calibration)` is called
+    when a block is through, with its weights still loaded; all its sums are there in the last group.
+    """
+    groups = list(groups_of(batches, group_tokens))
+    held = state.load() if state else None
+    sums, complaints, first = held or ({}, [], 0)
+    found = Calibration(sums, {}, complaints, sum(map(_tokens, groups[:first])))
+    progress.start("calibrate", sum(map(_tokens, groups)) * len(lockstep.blocks), "tokens x blocks")
+    progress.advance(found.resumed * len(lockstep.blocks))
+    for number, group in enumerate(groups[first:], first):
+        _Pass(lockstep, group, number, found, progress, state).run(after_block)
+        if state:
+            state.save(found.sums, found.complaints, number + 1)
+    _expect(lockstep, found)
+    return found
+
+
+@dataclass
+class _Pass:
+    """One group of batches on its way through all blocks."""
+
+    lockstep: Lockstep
+    group: list[torch.Tensor]
+    number: int
+    found: Calibration
+    progress: Progress
+    state: CalibrationState | None
+
+    @torch.no_grad()
+    def run(self, after_block: Callable[[int, Calibration], None] | None) -> None:
+        self.lockstep.start(self.group)
+        for block in range(len(self.lockstep.blocks)):
+            with self.lockstep.loaded(block) as parameters:
+                inputs = LinearInputs(_matrices(parameters), self._products)
+                with inputs:
+                    self.lockstep.through(block, lambda batch, output: self._passed(inputs, batch))
+                self._take(inputs)
+                if after_block:
+                    after_block(block, self.found)
+        self._head()
+
+    @property
+    def _products(self) -> bool:
+        return self.state is not None and self.state.products is not None
+
+    def _passed(self, inputs: LinearInputs, batch: int) -> None:
+        inputs.batch = batch + 1
+        self.progress.advance(self.group[batch].numel())
+
+    def _head(self) -> None:
+        name = self.lockstep.head
+        inputs = LinearInputs({}, self._products)
+
+        def seen(batch: int, hidden: torch.Tensor) -> None:
+            inputs.batch = batch
+            inputs.add(name, hidden)
+
+        self.lockstep.finish_before_head(seen)
+        self._take(inputs)
+
+    def _take(self, inputs: LinearInputs) -> None:
+        """Add a block's sums to those found so far."""
+        for name, sums in inputs.sums.items():
+            add_sums(self.found.sums, name, sums.tokens.numpy(), sums.squares.cpu().numpy())
+        if self._products:
+            self.state.add_products(self.number, {name: s.products for name, s in inputs.sums.items()})
+        self.found.complaints += [
+            f"{name}: an input of batch {batch + 1} of group {self.number + 1} held a NaN or infinity; left out"
+            for name, batch in inputs.nonfinite
+        ]
+
+
+def _matrices(parameters: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: value for name, value in parameters.items() if value.ndim in (2, 3)}
+
+
+def _expect(lockstep: Lockstep, found: Calibration) -> None:
+    for block in range(len(lockstep.blocks)):
+        for name, value in _matrices(lockstep.parameters_of(block)).items():
+            found.expected[name] = len(value) if value.ndim == 3 else 1
+    found.expected[lockstep.head] = 1
+
+
+def _tokens(group: Sequence[torch.Tensor]) -> int:
+    return sum(batch.numel() for batch in group)

@@ -1,0 +1,106 @@
+"""What goes into every weight of a model while it runs: sums of squares, and of products where asked.
+
+A weight is known by its storage, so that a linear layer, one expert of a fused 3-D tensor and a parameter that is
+multiplied without any layer are all seen by the same few lines, whatever the architecture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+# Functions that multiply by a weight, and where the inputs and the weight stand among their arguments.
+_PRODUCTS: dict[Callable, tuple[int, int]] = {
+    functional.linear: (0, 1),
+    torch.matmul: (0, 1),
+    torch.mm: (0, 1),
+    torch.Tensor.matmul: (0, 1),
+    torch.Tensor.mm: (0, 1),
+    torch.Tensor.__matmul__: (0, 1),
+    torch.addmm: (1, 2),
+}
+
+
+class InputSums:
+    """Sums over the rows that went into one parameter's matrices (experts), on the device they ran on.
+
+    tokens: int64 (matrices,). squares: float64 (matrices, inputs), Σx². products: float32 (matrices, inputs, inputs),
+    XᵀX, or None.
+    """
+
+    def __init__(self, matrices: int, inputs: int, products: bool, device: torch.device) -> None:
+        self.tokens = torch.zeros(matrices, dtype=torch.int64)
+        self.squares = torch.zeros(matrices, inputs, dtype=torch.float64, device=device)
+        self.products = torch.zeros(matrices, inputs, inputs, device=device) if products else None
+
+    def add(self, matrix: int, tokens: int, squares: torch.Tensor, products: torch.Tensor | None) -> None:
+        self.tokens[matrix] += tokens
+        self.squares[matrix] += squares
+        if self.products is not None:
+            self.products[matrix] += products
+
+
+class LinearInputs(TorchFunctionMode):
+    """While active, adds up the inputs of the parameters it watches.
+
+    sums: by parameter name, for those that got any input. nonfinite: the parameter and the batch (as the caller
+    keeps it in `batch`) of every input that held a NaN or infinity; it is left out of the sums.
+    """
+
+    def __init__(self, parameters: Mapping[str, torch.Tensor], products: bool = False) -> None:
+        super().__init__()
+        self.sums: dict[str, InputSums] = {}
+        self.nonfinite: list[tuple[str, int]] = []
+        self.batch = 0
+        self._products = products
+        self._owners = {_storage(value): (name, value) for name, value in parameters.items()}
+        self._last: tuple[torch.Tensor, int, Any] | None = None
+
+    def __torch_function__(
+        self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        places = _PRODUCTS.get(func)
+        if places is not None and len(args) > places[1]:
+            self.see(args[places[0]], args[places[1]])
+        return func(*args, **(kwargs or {}))
+
+    def see(self, inputs: torch.Tensor, weight: torch.Tensor) -> None:
+        """Add up `inputs` (..., inputs) if `weight` is a watched parameter or a view of one."""
+        owner = self._owners.get(_storage(weight))
+        if owner is None or not inputs.numel():
+            return
+        name, parameter = owner
+        matrices, matrix = (
+            (len(parameter), weight.storage_offset() // parameter[0].numel())
+            if parameter.ndim == 3
+            else (1, 0)
+        )
+        self.add(name, inputs, matrices, matrix)
+
+    def add(self, name: str, inputs: torch.Tensor, matrices: int = 1, matrix: int = 0) -> None:
+        """Add up `inputs` (..., inputs) for one matrix of the parameter `name`."""
+        tokens, squares, products = self._of(inputs)
+        if not torch.isfinite(squares).all():
+            self.nonfinite.append((name, self.batch))
+            return
+        if name not in self.sums:
+            self.sums[name] = InputSums(matrices, inputs.shape[-1], self._products, inputs.device)
+        self.sums[name].add(matrix, tokens, squares, products)
+
+    def _of(self, inputs: torch.Tensor) -> tuple[int, torch.Tensor, torch.Tensor | None]:
+        """Tokens, Σx² and XᵀX of an input; of q, k and v, which share theirs, computed once."""
+        if self._last is not None and self._last[0] is inputs and self._last[1] == inputs._version:
+            return self._last[2]
+        rows = inputs.reshape(-1, inputs.shape[-1]).float()
+        squares = rows.square().sum(0, dtype=torch.float64)
+        found = len(rows), squares, rows.T @ rows if self._products else None
+        self._last = inputs, inputs._version, found
+        return found
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()

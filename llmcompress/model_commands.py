@@ -1,0 +1,145 @@
+"""`llmcompress calibrate` and `evaluate`: the commands that run a model, and so need torch."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from llmcompress.reported import reported
+from llmcompress.sizes import parse_size
+
+Data = Annotated[
+    Optional[list[str]],
+    typer.Option(
+        "--data",
+        metavar="TEXT",
+        help="A text, JSONL or Parquet file, a data set's name, or a bundled text; repeat it.  [default: all bundled]",
+    ),
+]
+Chunk = Annotated[int, typer.Option("--chunk", metavar="N", min=2, help="Tokens in a row.")]
+Device = Annotated[str, typer.Option("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps or auto.")]
+HiddenRam = Annotated[
+    str,
+    typer.Option(
+        "--hidden-ram", metavar="SIZE", help="Hidden states that wait in memory; more wait on disk."
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+
+
+def parse_count(text: str, what: str) -> int:
+    """`256k` tokens are 262144; plain digits are what they say."""
+    return parse_size(f"{text}i" if text[-1:].isalpha() else text, what)
+
+
+@reported
+def calibrate(
+    model: Annotated[str, typer.Argument(help="A model directory, or a hub id.")],
+    out: Annotated[
+        str, typer.Option("-o", "--output", metavar="FILE", help="Statistics to write: .gguf or .dat.")
+    ] = "{name}-imatrix.gguf",
+    data: Data = None,
+    tokens: Annotated[str, typer.Option("--tokens", metavar="N", help="Tokens to run.")] = "256k",
+    chunk: Chunk = 512,
+    windows: Annotated[
+        str, typer.Option("--windows", metavar="STYLE", help="packed documents, or one text as llama.cpp cuts it.")
+    ] = "packed",
+    hessian: Annotated[
+        Optional[str], typer.Option("--hessian", metavar="DIR", help="Keep XᵀX of every weight there, too.")
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Decides which documents are taken, and their order.")] = 0,
+    dtype: Annotated[
+        str, typer.Option("--dtype", metavar="TYPE", help="f32, bf16, or auto: bf16 where it is stored and fast.")
+    ] = "auto",
+    device: Device = "auto",
+    hidden_ram: HiddenRam = "1GiB",
+    batch_tokens: Annotated[int, typer.Option("--batch-tokens", min=1, help="Tokens run at once.")] = 2048,
+    save_every: Annotated[
+        str, typer.Option("--save-every", metavar="N", help="Tokens between two saves, each a pass over the weights.")
+    ] = "64k",
+    as_json: AsJson = False,
+) -> None:  # fmt: skip
+    """Run text through a model and write the statistics of what goes into its weights (an importance matrix)."""
+    _patient_threads()
+    from llmcompress import model_display
+    from llmcompress.checkpoint import Checkpoint
+    from llmcompress.converters.calibration import CalibrationOptions, calibrate_model
+
+    options = CalibrationOptions(
+        data=tuple(data or ("default",)), tokens=parse_count(tokens, "--tokens"), chunk=chunk, seed=seed,
+        windows=windows, device=device, dtype=dtype, hidden_ram=parse_size(hidden_ram, "--hidden-ram"),
+        batch_tokens=batch_tokens, save_every=parse_count(save_every, "--save-every"),
+    )  # fmt: skip
+    path = out.replace("{name}", Checkpoint.open(model).name)
+    progress = model_display.live_progress()
+    try:
+        report = calibrate_model(model, path, options, progress, Path(hessian) if hessian else None)
+    finally:
+        progress.close()
+    if as_json:
+        typer.echo(json.dumps(report.as_dict(), indent=1))
+    else:
+        model_display.show_calibration(report)
+
+
+@reported
+def evaluate(
+    artefact: Annotated[str, typer.Argument(help="A GGUF file, or a model directory that transformers loads.")],
+    reference: Annotated[
+        Optional[str], typer.Option("--reference", metavar="MODEL", help="The model it was made from.")
+    ] = None,
+    data: Data = None,
+    tokens: Annotated[
+        Optional[str], typer.Option("--tokens", metavar="N", help="At most so many tokens.  [default: all]")
+    ] = None,
+    chunk: Chunk = 512,
+    windows: Annotated[
+        str,
+        typer.Option("--windows", metavar="STYLE", help="transformers: every token counts; llama.cpp: second halves."),
+    ] = "transformers",
+    save_logits: Annotated[
+        Optional[str],
+        typer.Option("--save-logits", metavar="FILE", help="Write the reference's, as llama-perplexity does."),
+    ] = None,
+    base: Annotated[
+        Optional[str],
+        typer.Option("--kl-divergence-base", metavar="FILE", help="Saved logits to compare with instead."),
+    ] = None,
+    tasks: Annotated[
+        Optional[str],
+        typer.Option("--tasks", metavar="A,B", help="Tasks of lm-evaluation-harness to run, too."),
+    ] = None,
+    dtype: Annotated[str, typer.Option("--dtype", metavar="TYPE", help="f32, bf16 or f16.")] = "f32",
+    device: Device = "auto",
+    hidden_ram: HiddenRam = "1GiB",
+    as_json: AsJson = False,
+) -> None:  # fmt: skip
+    """Measure an artefact against its model: perplexity, KL divergence, agreement, each with its standard error."""
+    _patient_threads()
+    from llmcompress import model_display
+    from llmcompress.converters.evaluation import EvaluationOptions, evaluate_model
+
+    options = EvaluationOptions(
+        data=tuple(data or ("default",)), tokens=parse_count(tokens, "--tokens") if tokens else None, chunk=chunk,
+        windows=windows, device=device, dtype=dtype, hidden_ram=parse_size(hidden_ram, "--hidden-ram"),
+        save_logits=save_logits, base=base, tasks=tuple(tasks.split(",")) if tasks else (),
+    )  # fmt: skip
+    progress = model_display.live_progress()
+    try:
+        report = evaluate_model(artefact, reference, options, progress)
+    finally:
+        progress.close()
+    if as_json:
+        typer.echo(json.dumps(report.as_dict(), indent=1))
+    else:
+        model_display.show_evaluation(report)
+
+
+def _patient_threads() -> None:
+    """Threads of torch that have nothing to do sleep, where they would spin: on cores that others use too, spinning
+    took three times as long."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
