@@ -8,7 +8,7 @@ import torch
 import transformers
 from llmcompress.converters.from_gguf import DecodedGGUF
 
-from llmcompress.block_weights import PartWeights, WholeWeights, empty_model
+from llmcompress.block_weights import PartWeights, empty_model
 from llmcompress.blocks import DEFAULT_HIDDEN_BYTES, Lockstep
 from llmcompress.checkpoint import Checkpoint
 from llmcompress.compute import compute_device, compute_dtype
@@ -41,17 +41,22 @@ def is_quantized(config: dict) -> bool:
     return bool(config.get("quantization_config"))
 
 
-def loaded_by_transformers(directory: Path, dtype: torch.dtype, device: torch.device) -> Lockstep:
-    """A checkpoint in whatever quantized form transformers and its helpers read, in memory as a whole."""
+def transformers_model(
+    checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device
+) -> transformers.PreTrainedModel:
+    """A checkpoint in whatever quantized form transformers and its helpers read, in memory as a whole.
+
+    Raises CheckpointError.
+    """
     try:
         model = transformers.AutoModelForCausalLM.from_pretrained(
-            directory, dtype=dtype, device_map={"": device}, experts_implementation="eager"
+            checkpoint.directory, dtype=dtype, device_map={"": device}, experts_implementation="eager"
         )
     except (ImportError, ValueError, OSError, RuntimeError, KeyError) as error:
         raise CheckpointError(
-            f"{directory}: transformers cannot load it: {' '.join(str(error).split())[:300]}"
+            f"{checkpoint.directory}: transformers cannot load it: {' '.join(str(error).split())[:300]}"
         ) from error
-    return Lockstep(model.eval(), WholeWeights(), device)
+    return model.eval()
 
 
 def whole_model(

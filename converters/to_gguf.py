@@ -14,9 +14,11 @@ from llmcompress.checkpoint import Checkpoint
 from llmcompress.fallback import MeasuredFallback
 from llmcompress.filetypes import tensor_order
 from llmcompress.gguf.imatrix import read_imatrix
+from llmcompress.importance import Source
 from llmcompress.mix import ModelTraits
 from llmcompress.plan import Plan, make_plan
 from llmcompress.recipe import Recipe
+from llmcompress.step import Step
 
 
 def plan_gguf(model: str | Path, out: str | Path, recipe: Recipe) -> Plan:
@@ -25,7 +27,7 @@ def plan_gguf(model: str | Path, out: str | Path, recipe: Recipe) -> Plan:
     `out` is a file name, a template with `{name}` and `{type}`, or a folder. Raises LlmcompressError for all that
     can be refused before a weight is read.
     """
-    checkpoint = Checkpoint.open(model)
+    checkpoint = _open(model, recipe)
     checkpoint.require_plain()
     architecture = find_architecture(Config(checkpoint.config))
     config = architecture.config(checkpoint.config)
@@ -42,12 +44,31 @@ def plan_gguf(model: str | Path, out: str | Path, recipe: Recipe) -> Plan:
         steps,
         recipe,
         out,
-        _traits(architecture, config, has_imatrix=recipe.imatrix is not None),
+        _traits(architecture, config, has_imatrix=recipe.calibrate or recipe.imatrix is not None),
         general | architecture.metadata(config) | vocabulary.metadata(),
-        read_imatrix(Path(recipe.imatrix)) if recipe.imatrix else None,
+        _importance(checkpoint, steps, recipe),
         [*notes, *vocabulary.notes, *more_notes, *card_notes],
         MeasuredFallback(checkpoint, recipe.effort) if recipe.fallback == "best" else None,
     )
+
+
+def _open(model: str | Path, recipe: Recipe) -> Checkpoint:
+    """The checkpoint; one whose tensors stay in memory from calibrating to quantizing where both are asked for."""
+    if not recipe.calibrate:
+        return Checkpoint.open(model)
+    from llmcompress.converters.live_calibration import HeldCheckpoint
+
+    return HeldCheckpoint.open(model)
+
+
+def _importance(checkpoint: Checkpoint, steps: list[Step], recipe: Recipe) -> Source | None:
+    if recipe.imatrix:
+        return read_imatrix(Path(recipe.imatrix))
+    if not recipe.calibrate:
+        return None
+    from llmcompress.converters.live_calibration import CalibrationOptions, LiveImportance
+
+    return LiveImportance(checkpoint, steps, CalibrationOptions(data=recipe.data, tokens=recipe.tokens))
 
 
 def _traits(architecture: Architecture, config: Config, has_imatrix: bool) -> ModelTraits:

@@ -43,7 +43,8 @@ class Lockstep:
     `start` brings every batch to the first block; `through` takes all of them through the next one; `finish` brings
     them out one after the other. A second `start` begins a new pass. Use it under `torch.no_grad()`.
 
-    blocks: names of the decoder blocks, such as `model.layers.0`, in order.
+    blocks: names of the decoder blocks, such as `model.layers.0`, in order. head: the output matrix's parameter, by
+    the name that has a tensor in the checkpoint: the embedding's where they are tied.
     `weights` are read as they are needed, onto `device`. Hidden states beyond `hidden_bytes` bytes wait in a file.
     """
 
@@ -53,6 +54,9 @@ class Lockstep:
     ) -> None:  # fmt: skip
         self.model, self.weights, self.device = model, weights, device
         self.blocks, modules = _decoder_blocks(self.model)
+        heads = self._owned_by(model.get_output_embeddings())
+        own = {target.parameter for target in weights.targets.values()}
+        self.head = min(heads & own or heads)
         self._hidden_bytes = hidden_bytes
         self._forwards = [module.forward for module in modules]
         for block, module in enumerate(modules):
@@ -95,7 +99,8 @@ class Lockstep:
     def hidden(self, batch: int) -> torch.Tensor:
         """What a waiting batch brings to its next block, or brought out of the last: (rows, tokens, hidden)."""
         waiting = self._waiting[batch]
-        return waiting.hidden if isinstance(waiting, _Arrival) else _hidden_of(waiting)
+        hidden = waiting.hidden if isinstance(waiting, _Arrival) else _hidden_of(waiting)
+        return hidden.to(self.device)
 
     def through(self, block: int, seen: Callable[[int, torch.Tensor], None] | None = None) -> None:
         """Take every batch through `block`, whose weights are loaded, and on to the next.
@@ -104,6 +109,7 @@ class Lockstep:
         """
         for batch, call in enumerate(self._calls):
             arrival = self._waiting[batch]
+            self._hidden.fetch(arrival.hidden, self.device)
             output = self._forwards[block](*arrival.args, **arrival.kwargs)
             if seen:
                 seen(batch, _hidden_of(output))
@@ -117,10 +123,8 @@ class Lockstep:
     def finish(self) -> Iterator[torch.Tensor]:
         """The logits of every batch in turn, (rows, tokens, vocabulary)."""
         with self.weights.loaded(self._exit()):
-            for batch, call in enumerate(self._calls):
-                logits = call.switch(self._waiting[batch])
-                self._forget(batch)
-                yield logits
+            for batch in range(len(self._calls)):
+                yield self._logits(batch)  # no name here, which would hold them while the next are computed
 
     def finish_before_head(self, seen: Callable[[int, torch.Tensor], None]) -> None:
         """Hand the inputs of the output matrix, (rows, tokens, hidden), to `seen(batch, inputs)`; the matrix itself
@@ -131,17 +135,11 @@ class Lockstep:
         try:
             with self.weights.loaded(self._exit() - self._owned_by(head)):
                 for batch, call in enumerate(self._calls):
-                    seen(batch, call.switch(self._waiting[batch]))
+                    seen(batch, call.switch(self._brought_out(batch)))
                     call.throw()  # ends the forward there
                     self._forget(batch)
         finally:
             head.forward = forward
-
-    @property
-    def head(self) -> str:
-        """The output matrix's parameter, by the name that has a tensor in the checkpoint: tied, the embedding's."""
-        names = self._owned_by(self.model.get_output_embeddings())
-        return min(names & {target.parameter for target in self.weights.targets.values()})
 
     def _forward(self, tokens: torch.Tensor) -> torch.Tensor:
         return self.model(input_ids=tokens, use_cache=False).logits
@@ -163,6 +161,17 @@ class Lockstep:
             )
         self._hidden.keep(batch, arrival.hidden)
         return arrival
+
+    def _logits(self, batch: int) -> torch.Tensor:
+        logits = self._calls[batch].switch(self._brought_out(batch))
+        self._forget(batch)
+        return logits
+
+    def _brought_out(self, batch: int) -> Any:
+        """What the last block gave."""
+        output = self._waiting[batch]
+        self._hidden.fetch(_hidden_of(output), self.device)
+        return output
 
     def _forget(self, batch: int) -> None:
         self._waiting[batch] = self._calls[batch] = None

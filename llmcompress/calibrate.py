@@ -83,14 +83,13 @@ def calibrate(
     groups = list(groups_of(batches, group_tokens))
     held = state.load() if state else None
     sums, complaints, first = held or ({}, [], 0)
-    found = Calibration(sums, {}, complaints, sum(map(_tokens, groups[:first])))
+    found = Calibration(sums, expected_of(lockstep), complaints, sum(map(_tokens, groups[:first])))
     progress.start("calibrate", sum(map(_tokens, groups)) * len(lockstep.blocks), "tokens x blocks")
     progress.advance(found.resumed * len(lockstep.blocks))
     for number, group in enumerate(groups[first:], first):
         _Pass(lockstep, group, number, found, progress, state).run(after_block)
         if state:
             state.save(found.sums, found.complaints, number + 1)
-    _expect(lockstep, found)
     return found
 
 
@@ -153,11 +152,13 @@ def _matrices(parameters: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]
     return {name: value for name, value in parameters.items() if value.ndim in (2, 3)}
 
 
-def _expect(lockstep: Lockstep, found: Calibration) -> None:
+def expected_of(lockstep: Lockstep) -> dict[str, int]:
+    """The matrices of the blocks and the output matrix, by parameter: how many are stacked in each."""
+    expected = {lockstep.head: 1}
     for block in range(len(lockstep.blocks)):
         for name, value in _matrices(lockstep.parameters_of(block)).items():
-            found.expected[name] = len(value) if value.ndim == 3 else 1
-    found.expected[lockstep.head] = 1
+            expected[name] = len(value) if value.ndim == 3 else 1
+    return expected
 
 
 def _tokens(group: Sequence[torch.Tensor]) -> int:

@@ -69,6 +69,12 @@ Imatrix = Annotated[
     Optional[str],
     typer.Option("--imatrix", metavar="FILE", help="Importance matrix: a GGUF or .dat by llama-imatrix."),
 ]
+Calibrate = Annotated[
+    bool, typer.Option("--calibrate", help="Make the importance matrix on the way, from --data.")
+]
+Tokens = Annotated[
+    Optional[str], typer.Option("--tokens", metavar="N", help="Tokens to calibrate on.  [default: 256k]")
+]
 Effort = Annotated[
     Optional[str],
     typer.Option(
@@ -125,7 +131,7 @@ def job(
         model: Model, out: Out = "{name}-{type}.gguf", type: Types = None, tensor_type: TensorTypes = None,
         output_tensor_type: OutputType = None, token_embedding_type: EmbeddingType = None, pure: Pure = False,
         leave_output_tensor: LeaveOutput = False, fallback: Fallback = None, imatrix: Imatrix = None,
-        effort: Effort = None, pre: Pre = None, model_name: Name = None, split_max_size: Split = None,
+        calibrate: Calibrate = False, data: model_commands.Data = None, tokens: Tokens = None, effort: Effort = None, pre: Pre = None, model_name: Name = None, split_max_size: Split = None,
         max_ram: MaxRam = None, threads: Threads = None, verify: Verify = None, recipe: RecipeFile = None,
         as_json: AsJson = False, dry_run: DryRun = False,
     ) -> None:  # fmt: skip
@@ -134,6 +140,7 @@ def job(
             "tensor_types": _pairs(tensor_type) if tensor_type else None, "output_tensor_type": output_tensor_type,
             "token_embedding_type": token_embedding_type, "pure": pure or None,
             "leave_output_tensor": leave_output_tensor or None, "fallback": fallback, "imatrix": imatrix,
+            "calibrate": calibrate or None, "data": data, "tokens": tokens,
             "effort": effort, "pre": pre, "name": model_name, "split_max_size": split_max_size, "max_ram": max_ram,
             "threads": threads, "verify": verify,
         }  # fmt: skip
@@ -171,6 +178,8 @@ def _carry_out(model: str, out: str, recipe, as_json: bool, dry: bool) -> None:
     from llmcompress.converters.to_gguf import plan_gguf
     from llmcompress.run import run
 
+    if recipe.calibrate:
+        model_commands.patient_threads()
     plan = plan_gguf(model, out, recipe)
     if dry:
         _print(display.plan_dict(plan)) if as_json else display.show_plan(plan)

@@ -6,6 +6,7 @@ numbers for each token (see divergence.py).
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -42,6 +43,11 @@ def scored(length: int, windows: str) -> slice:
     return slice(0, length - 1)
 
 
+def vocabulary(model: Lockstep) -> int:
+    """How many logits a position has."""
+    return model.model.config.get_text_config().vocab_size
+
+
 @torch.no_grad()
 def evaluate(
     artefact: Lockstep,
@@ -57,10 +63,9 @@ def evaluate(
     Raises RunError where the models have different blocks or vocabularies.
     """
     models = [model for model in (reference, artefact) if model is not None]
-    if reference and len(reference.blocks) != len(artefact.blocks):
-        raise RunError(
-            f"the artefact has {len(artefact.blocks)} blocks, its reference {len(reference.blocks)}: not of one model"
-        )
+    if reference:
+        _check_same("blocks", len(artefact.blocks), len(reference.blocks))
+        _check_same("tokens in its vocabulary", vocabulary(artefact), vocabulary(reference))
     errors = {}
 
     def compare(block: str) -> None:
@@ -69,18 +74,16 @@ def evaluate(
 
     _through_blocks(models, batches, progress, compare)
     found = Divergence() if reference else Perplexity()
-    for batch, *logits in zip(batches, *(model.finish() for model in models)):
-        for row in range(len(batch)):
+    with contextlib.ExitStack() as stack:
+        streams = [stack.enter_context(contextlib.closing(model.finish())) for model in models]
+        for batch in batches:
+            logits = [next(stream) for stream in streams]
             at = scored(batch.shape[1], windows)
-            both = [each[row, at] for each in logits]
-            targets = batch[row, at.start + 1 : at.stop + 1].to(both[0].device)
-            if both[0].shape != both[-1].shape:
-                raise RunError(
-                    f"vocabularies of {both[0].shape[1]} and {both[-1].shape[1]}: not of one model"
-                )
-            found.add(*both, targets)
-            if save:
-                save.add(both[0].float().cpu().numpy())
+            for row, tokens in enumerate(batch):
+                found.add(*(each[row, at] for each in logits), tokens[_targets(at)].to(logits[0].device))
+                if save:
+                    save.add(logits[0][row, at].float().cpu().numpy())
+            del logits  # or they would still be there while the next are computed
     return Evaluation(found.summary(), errors)
 
 
@@ -88,16 +91,34 @@ def evaluate(
 def evaluate_against(
     artefact: Lockstep, base: LogitsReader, batches: Sequence[torch.Tensor], progress: Progress
 ) -> Evaluation:
-    """The artefact against a file of a reference's log-probabilities, on `batches` of the file's own chunks."""
+    """The artefact against a file of a reference's log-probabilities, on `batches` of the file's first chunks.
+
+    Raises RunError where the vocabularies differ.
+    """
+    _check_same("tokens in its vocabulary", vocabulary(artefact), base.n_vocab)
     _through_blocks([artefact], batches, progress, lambda block: None)
     found = Divergence()
     at = scored(base.n_ctx, "llama.cpp")
-    chunks = iter(range(len(base.tokens)))
+    chunk = 0
     for logits in artefact.finish():
-        for row, chunk in zip(logits, chunks):
+        for row in logits:
             targets = torch.from_numpy(base.targets(chunk).astype("int64"))
             found.add_log_probs(torch.from_numpy(base.log_probs(chunk)), row[at].cpu(), targets)
+            chunk += 1
+        del logits, row
     return Evaluation(found.summary(), {})
+
+
+def _check_same(what: str, artefact: int, reference: int) -> None:
+    if artefact != reference:
+        raise RunError(
+            f"the artefact has {artefact} {what}, its reference {reference}; give the model it was made from"
+        )
+
+
+def _targets(at: slice) -> slice:
+    """The tokens that the positions `at` predict."""
+    return slice(at.start + 1, at.stop + 1)
 
 
 def _through_blocks(

@@ -10,7 +10,7 @@ from typing import Annotated, Optional
 import typer
 
 from llmcompress.reported import reported
-from llmcompress.sizes import parse_size
+from llmcompress.sizes import parse_count, parse_size
 
 Data = Annotated[
     Optional[list[str]],
@@ -29,11 +29,6 @@ HiddenRam = Annotated[
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-
-
-def parse_count(text: str, what: str) -> int:
-    """`256k` tokens are 262144; plain digits are what they say."""
-    return parse_size(f"{text}i" if text[-1:].isalpha() else text, what)
 
 
 @reported
@@ -64,7 +59,7 @@ def calibrate(
     as_json: AsJson = False,
 ) -> None:  # fmt: skip
     """Run text through a model and write the statistics of what goes into its weights (an importance matrix)."""
-    _patient_threads()
+    patient_threads()
     from llmcompress import model_display
     from llmcompress.checkpoint import Checkpoint
     from llmcompress.converters.calibration import CalibrationOptions, calibrate_model
@@ -103,15 +98,19 @@ def evaluate(
     ] = "transformers",
     save_logits: Annotated[
         Optional[str],
-        typer.Option("--save-logits", metavar="FILE", help="Write the reference's, as llama-perplexity does."),
+        typer.Option("--save-logits", metavar="FILE", help="Write the reference's logits, as llama-perplexity does."),
     ] = None,
     base: Annotated[
         Optional[str],
-        typer.Option("--kl-divergence-base", metavar="FILE", help="Saved logits to compare with instead."),
+        typer.Option("--kl-divergence-base", metavar="FILE", help="Compare with saved logits, not with a model that runs."),
     ] = None,
     tasks: Annotated[
         Optional[str],
         typer.Option("--tasks", metavar="A,B", help="Tasks of lm-evaluation-harness to run, too."),
+    ] = None,
+    tasks_path: Annotated[
+        Optional[str],
+        typer.Option("--tasks-path", metavar="DIR", help="Take them from YAML files there, not from its own."),
     ] = None,
     dtype: Annotated[str, typer.Option("--dtype", metavar="TYPE", help="f32, bf16 or f16.")] = "f32",
     device: Device = "auto",
@@ -119,14 +118,14 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:  # fmt: skip
     """Measure an artefact against its model: perplexity, KL divergence, agreement, each with its standard error."""
-    _patient_threads()
+    patient_threads()
     from llmcompress import model_display
     from llmcompress.converters.evaluation import EvaluationOptions, evaluate_model
 
     options = EvaluationOptions(
         data=tuple(data or ("default",)), tokens=parse_count(tokens, "--tokens") if tokens else None, chunk=chunk,
         windows=windows, device=device, dtype=dtype, hidden_ram=parse_size(hidden_ram, "--hidden-ram"),
-        save_logits=save_logits, base=base, tasks=tuple(tasks.split(",")) if tasks else (),
+        save_logits=save_logits, base=base, tasks=tuple(tasks.split(",")) if tasks else (), tasks_path=tasks_path,
     )  # fmt: skip
     progress = model_display.live_progress()
     try:
@@ -139,7 +138,7 @@ def evaluate(
         model_display.show_evaluation(report)
 
 
-def _patient_threads() -> None:
+def patient_threads() -> None:
     """Threads of torch that have nothing to do sleep, where they would spin: on cores that others use too, spinning
     took three times as long."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -16,13 +16,21 @@ __all__ = ["live_progress", "show_calibration", "show_evaluation"]
 
 # Figures in the order they are shown: key, label, and the factor and unit they are shown in.
 FIGURES = (
-    ("reference_perplexity", "perplexity of the reference", 1, ""), ("perplexity", "perplexity", 1, ""),
-    ("perplexity_ratio", "ratio of perplexities", 1, ""), ("mean_kl", "KL divergence, mean", 1, " nats"),
-    ("median_kl", "median", 1, " nats"), ("kl_90", "90 %", 1, " nats"), ("kl_95", "95 %", 1, " nats"),
-    ("kl_99", "99 %", 1, " nats"), ("kl_99_9", "99.9 %", 1, " nats"), ("max_kl", "maximum", 1, " nats"),
-    ("top1_agreement", "same most likely token", 100, " %"), ("rms_delta_p", "change of probability, rms", 100, " %"),
-    ("mean_delta_p", "mean", 100, " %"),
-)  # fmt: skip
+    ("reference_perplexity", "perplexity of the reference", 1, ""),
+    ("perplexity", "perplexity", 1, ""),
+    ("perplexity_ratio", "perplexity over the reference's", 1, ""),
+    ("ln_perplexity_ratio", "its logarithm", 1, "nats"),
+    ("mean_kl", "KL divergence, mean", 1, "nats"),
+    ("median_kl", "KL divergence, median", 1, "nats"),
+    ("kl_90", "KL divergence, 90 % of tokens below", 1, "nats"),
+    ("kl_95", "KL divergence, 95 % of tokens below", 1, "nats"),
+    ("kl_99", "KL divergence, 99 % of tokens below", 1, "nats"),
+    ("kl_99_9", "KL divergence, 99.9 % of tokens below", 1, "nats"),
+    ("max_kl", "KL divergence, maximum", 1, "nats"),
+    ("top1_agreement", "same most likely token", 100, "%"),
+    ("rms_delta_p", "Δp of the text's token, root mean square", 100, "%"),
+    ("mean_delta_p", "Δp of the text's token, mean", 100, "%"),
+)
 
 
 def show_calibration(report: CalibrationReport) -> None:
@@ -37,22 +45,54 @@ def show_calibration(report: CalibrationReport) -> None:
 
 def show_evaluation(report: EvaluationReport) -> None:
     """The figures with their standard errors, the growth of the hidden states' error, tasks and notes."""
-    figures = report.evaluation.figures
-    table = Table("", "value", "± error", box=None, pad_edge=False)
-    table.columns[1].justify = table.columns[2].justify = "right"
+    figures, windows = report.evaluation.figures, report.windows
+    against = f" against {report.reference}" if report.reference else ""
+    print_out(f"{report.artefact}{against}, in {report.options.dtype}")
+    print_out(
+        f"{figures['tokens'].value} predicted tokens, windows of {windows.chunk} in the style of {windows.style}"
+    )
+    table = _table("", "value", "± error", "")
     for key, label, factor, unit in FIGURES:
         if key in figures:
             value, error = figures[key].value * factor, figures[key].error
-            shown_error = "" if error is None else f"{error * factor:.2g}"
-            table.add_row(label, f"{value:.6g}{unit}", shown_error)
-    scored = int(figures["tokens"].value)
-    print_out(f"{scored} predicted tokens, windows of {report.chunk} in the style of {report.windows}")
+            table.add_row(label, f"{value:.6g}", "" if error is None else f"{error * factor:.2g}", unit)
     print_out(table)
     if report.evaluation.hidden_errors:
-        print_out("error of the hidden states, relative, behind each block:")
-        print_out("  ".join(f"{error:.2g}" for error in report.evaluation.hidden_errors.values()))
-    for task, scores in report.tasks.items():
-        for name, value in scores.items():
-            print_out(f"{task} {name}: {value}")
+        print_out("relative error of the hidden states behind each block:")
+        errors = report.evaluation.hidden_errors.values()
+        print_out("  ".join(f"{block}: {error:.2g}" for block, error in enumerate(errors)))
+    if report.tasks:
+        _show_tasks(report)
     for note in report.notes:
         print_out(f"note: {note}")
+
+
+def _show_tasks(report: EvaluationReport) -> None:
+    table = _table("task", "value", "± error", "metric")
+    if report.reference_tasks:
+        table.add_column("reference", justify="right")
+        table.add_column("± error", justify="right")
+    for task, scores in report.tasks.items():
+        for name in scores:
+            if "_stderr," in name or "," not in name:  # beside the metrics there is a number of samples
+                continue
+            cells = _score(scores, name), _score(report.reference_tasks.get(task, {}), name)
+            (value, error), beside = cells
+            table.add_row(
+                task, value, error, name.partition(",")[0], *(beside if report.reference_tasks else ())
+            )
+    print_out(table)
+
+
+def _score(scores: dict[str, float], name: str) -> tuple[str, str]:
+    """A metric such as `acc,none` and its standard error, which goes by `acc_stderr,none`."""
+    metric, _, kind = name.partition(",")
+    value, error = scores.get(name), scores.get(f"{metric}_stderr,{kind}")
+    return ("" if value is None else f"{value:.6g}", "" if error is None else f"{error:.2g}")
+
+
+def _table(*heads: str) -> Table:
+    """A table whose second and third columns are numbers."""
+    table = Table(*heads, box=None, pad_edge=False)
+    table.columns[1].justify = table.columns[2].justify = "right"
+    return table

@@ -9,12 +9,12 @@ from string import Formatter
 
 from llmcompress.errors import PlanError
 from llmcompress.filetypes import FileType, TypeChoice
-from llmcompress.gguf.imatrix import ImportanceMatrix
 from llmcompress.gguf.layout import TensorEntry, lay_out, shard_names, split, split_metadata
 from llmcompress.gguf.types import TYPES
 from llmcompress.gguf.value import Metadata, string, u32
 from llmcompress.grids import GRIDS
 from llmcompress.grids.grid import Grid
+from llmcompress.importance import Source
 from llmcompress.recipe import Recipe
 from llmcompress.step import Step
 
@@ -75,7 +75,7 @@ def place(
 
 
 def typed_metadata(
-    metadata: Metadata, file_type: FileType, recipe: Recipe, imatrix: ImportanceMatrix | None
+    metadata: Metadata, file_type: FileType, recipe: Recipe, imatrix: Source | None
 ) -> Metadata:
     """The metadata with the recipe of this one file, and the keys llama-quantize appends for a file type and
     its importance matrix."""

@@ -11,8 +11,15 @@ Task = TypeVar("Task")
 Outcome = TypeVar("Outcome")
 
 
-def in_parallel(workers: int, tasks: Iterable[Task], work: Callable[[Task], Outcome]) -> Iterator[Outcome]:
-    """Results of `work(task)` as they are finished; the first exception stops all workers and is raised here."""
+def in_parallel(
+    workers: int,
+    tasks: Iterable[Task],
+    work: Callable[[Task], Outcome],
+    stopping: Callable[[], None] = lambda: None,
+) -> Iterator[Outcome]:
+    """Results of `work(task)` as they are finished; the first exception stops all workers and is raised here.
+
+    `stopping()` is called when the workers are to end, and wakes those that wait for something."""
     source, lock = iter(tasks), threading.Lock()
     results: queue.Queue = queue.Queue()
     stop = threading.Event()
@@ -27,6 +34,7 @@ def in_parallel(workers: int, tasks: Iterable[Task], work: Callable[[Task], Outc
                 results.put((work(task), None))
         except BaseException as error:  # handed to the main thread, which raises it
             stop.set()
+            stopping()
             results.put((None, error))
         finally:
             results.put(None)
@@ -47,5 +55,6 @@ def in_parallel(workers: int, tasks: Iterable[Task], work: Callable[[Task], Outc
             yield value
     finally:
         stop.set()
+        stopping()
         for thread in threads:
             thread.join()

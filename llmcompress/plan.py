@@ -18,9 +18,9 @@ from llmcompress import __version__
 from llmcompress.checkpoint import Checkpoint
 from llmcompress.errors import PlanError
 from llmcompress.filetypes import FileType, TypeChoice, choose_types, find_file_type
-from llmcompress.gguf.imatrix import ImportanceMatrix
 from llmcompress.gguf.value import Metadata
 from llmcompress.grids import GRIDS
+from llmcompress.importance import Importance, Source
 from llmcompress.machine import cores, free_disk
 from llmcompress.mix import ModelTraits
 from llmcompress.output import Output, OutputFile, output_paths, part_path, place, typed_metadata
@@ -47,7 +47,7 @@ class Plan:
     recipe: Recipe
     steps: tuple[Step, ...]
     outputs: tuple[Output, ...]
-    importance: Mapping[str, np.ndarray]  # GGUF name -> float32 (matrices, columns)
+    importance: Importance
     notes: tuple[str, ...]
     workers: int
     slab_weights: int
@@ -72,9 +72,7 @@ class Plan:
             digest.update(f"{file.path.resolve()} {file.size}".encode())
             digest.update(file.header)
         digest.update(repr([step.operation.name for step in self.steps]).encode())
-        for name in sorted(self.importance):
-            digest.update(name.encode())
-            digest.update(np.ascontiguousarray(self.importance[name]).tobytes())
+        digest.update(self.importance.fingerprint().encode())
         return digest.hexdigest()
 
 
@@ -85,7 +83,7 @@ def make_plan(
     out: str | Path,
     traits: ModelTraits,
     metadata: Metadata,
-    imatrix: ImportanceMatrix | None = None,
+    imatrix: Source | None = None,
     notes: Sequence[str] = (),
     refine: Refine | None = None,
 ) -> Plan:
@@ -101,6 +99,10 @@ def make_plan(
     choices = {
         file_type: choose_types(file_type, tensors, traits, recipe.overrides) for file_type in file_types
     }
+    if refine and importance.live:
+        raise PlanError(
+            "--fallback best measures before the calibration runs; calibrate first, and give --imatrix"
+        )
     for file_type, chosen in choices.items():
         if refine:
             chosen[:] = (
@@ -179,22 +181,12 @@ def _file_type(name: str, steps: Sequence[Step]) -> FileType:
     return find_file_type(name)
 
 
-def _importance(
-    steps: Sequence[Step], imatrix: ImportanceMatrix | None
-) -> tuple[dict[str, np.ndarray], list[str]]:
+def _importance(steps: Sequence[Step], imatrix: Source | None) -> tuple[Importance, list[str]]:
     """The importance of each tensor that has one, its size checked, and what is worth saying about it."""
+    used = Importance(steps, imatrix)
     if imatrix is None:
-        return {}, []
-    used: dict[str, np.ndarray] = {}
-    for step in steps:
-        if step.name in imatrix.entries:
-            used[step.name] = imatrix.weights(
-                step.name, step.shape[0] if len(step.shape) > 2 else 1, step.columns
-            )
-    if not used:
-        raise PlanError(
-            f"{imatrix.source}: none of its {len(imatrix.entries)} entries names a tensor of this model"
-        )
+        return used, []
+    used.check()
     notes = list(imatrix.notes)
     unused = len(imatrix.entries) - len(used)
     if unused:
@@ -223,7 +215,7 @@ def _check_importance(
         if choice.imatrix_required and step.name not in importance:
             raise PlanError(
                 f"{file_type.name}: {step.name} as {choice.type} needs an importance matrix that covers it; "
-                "give one with --imatrix"
+                "give one with --imatrix, or --calibrate"
             )
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from llmcompress.errors import RecipeError, nearest
 from llmcompress.filetypes import TypeOverrides, find_file_type
 from llmcompress.grids.effort import check_effort
-from llmcompress.sizes import parse_size
+from llmcompress.sizes import parse_count, parse_size
 
 VERIFY = ("off", "sample", "full")
 FALLBACKS = ("llama.cpp", "best")
@@ -33,6 +33,9 @@ class Recipe:
     leave_output_tensor: bool = False
     fallback: str = "llama.cpp"  # types for rows that do not divide: its own, or "best" by measure
     imatrix: str | None = None
+    calibrate: bool = False  # make the importance while quantizing, from `data`
+    data: tuple[str, ...] = ("default",)  # texts to calibrate on
+    tokens: int = 2**18  # of them
     effort: str = "normal"  # of the search for scales: fast, normal or best
     pre: str | None = None  # pre-tokenizer by name, where detection fails
     name: str | None = None  # general.name
@@ -55,6 +58,10 @@ class Recipe:
             hint = nearest(self.fallback, FALLBACKS)
             raise RecipeError(f"fallback: {self.fallback!r} is none of {', '.join(FALLBACKS)}{hint}")
         check_effort(self.effort)
+        if self.calibrate and self.imatrix:
+            raise RecipeError(
+                f"calibrate: there is an importance matrix already, {self.imatrix}; leave one out"
+            )
         if self.threads is not None and self.threads < 1:
             raise RecipeError(f"threads: {self.threads} is less than 1")
 
@@ -99,7 +106,7 @@ def parse_recipe(
 
 
 def _field(key: str, value: Any, label: str) -> Any:
-    if key == "types":
+    if key in ("types", "data"):
         names = [value] if isinstance(value, str) else value
         if isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names):
             return tuple(names)
@@ -109,7 +116,9 @@ def _field(key: str, value: Any, label: str) -> Any:
             return tuple((pattern, name) for pattern, name in pairs)
     elif key in ("max_ram", "split_max_size"):
         return parse_size(value, label)
-    elif key in ("pure", "leave_output_tensor"):
+    elif key == "tokens":
+        return parse_count(value, label)
+    elif key in ("pure", "leave_output_tensor", "calibrate"):
         if isinstance(value, bool):
             return value
     elif key == "threads":

@@ -92,4 +92,5 @@ def make_result(
             ))  # fmt: skip
         paths = tuple(file.path for file in output.files)
         outputs.append(FileReport(output.file_type.name, paths, output.size, tuple(tensors)))
-    return Result(tuple(outputs), plan.notes, seconds, sum(1 for _ in plan.slabs()), slabs_kept)
+    notes = (*plan.notes, *plan.importance.complaints)
+    return Result(tuple(outputs), notes, seconds, sum(1 for _ in plan.slabs()), slabs_kept)

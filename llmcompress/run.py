@@ -59,7 +59,8 @@ def _write_and_check(plan: Plan, journal: Journal, progress: Progress) -> int:
     check_disk(plan)
     with Parts(plan, fresh=not journal.done) as parts:
         try:
-            kept = _write_slabs(plan, parts, journal, progress)
+            with plan.importance.running():
+                kept = _write_slabs(plan, parts, journal, progress)
             measured = verify(plan, progress)
         except (RunError, GGUFError):
             parts.remove()
@@ -153,7 +154,12 @@ def _write_slabs(plan: Plan, parts: Parts, journal: Journal, progress: Progress)
     last = time.monotonic()
     try:
         with closing(
-            in_parallel(plan.workers, enumerate(plan.slabs()), partial(_do_slab, plan, parts, journal))
+            in_parallel(
+                plan.workers,
+                plan.importance.in_order(enumerate(plan.slabs()), plan.steps),
+                partial(_do_slab, plan, parts, journal),
+                plan.importance.stop,
+            )
         ) as slabs:
             for slab, written in slabs:
                 finished |= written
@@ -185,8 +191,8 @@ def _do_slab(
     places = [(number, output.placements[slab.step]) for number, output in enumerate(plan.outputs)]
     if index in journal.done and journal.done[index] == _sums_there(parts, places, step, slab):
         return slab, {}
+    importance, effort = _importance(plan, step, slab), plan.recipe.effort  # may wait for its calibration
     weights = read_slab(plan.checkpoint, step, slab)
-    importance, effort = _importance(plan, step, slab), plan.recipe.effort
     sums = tuple(
         parts.write(
             number, place, _position(step, slab, place), weights.encoded(place.grid, importance, effort)

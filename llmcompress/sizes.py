@@ -25,6 +25,12 @@ def parse_size(text: str | int, what: str = "size") -> int:
     return size
 
 
+def parse_count(text: str | int, what: str) -> int:
+    """A number of tokens: `256k` is 262144, digits alone are what they say. Raises RecipeError."""
+    text = str(text)
+    return parse_size(f"{text}i" if text[-1:].isalpha() else text, what)
+
+
 def format_size(count: float) -> str:
     """`1.2 GiB`: binary units, two to four significant digits."""
     for unit in ("bytes", "KiB", "MiB", "GiB"):

@@ -34,6 +34,7 @@ LAYERS = [
     {"calibrate", "evaluate"},
     {"grids", "mix", "filetypes", "inspect"},
     {"recipe", "step", "arrays"},
+    {"importance"},
     {"output"},
     {"plan"},
     {"slab", "journal", "verify", "report", "run", "fallback"},

@@ -1,0 +1,183 @@
+"""A calibration that runs while the tensors are quantized, block by block, on one read of the weights.
+
+The model goes through its blocks in a thread of its own. As soon as a block's sums are whole, the tensors made from
+it can be quantized, from the bytes that were read to run it. The calibration stays at most one block ahead.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from llmcompress.converters.calibration import CalibrationOptions, entries_of, rows_of
+from llmcompress.converters.model import lockstep_of
+
+from llmcompress.calibrate import Calibration, batches_of, calibrate, expected_of
+from llmcompress.checkpoint import Checkpoint
+from llmcompress.errors import RunError
+from llmcompress.gguf.imatrix import mean_squares, scarce_notes
+from llmcompress.progress import Progress
+from llmcompress.sizes import format_size
+from llmcompress.step import Step
+
+AHEAD = 1  # blocks that may be calibrated before the tensors of the one before are asked for
+
+
+class HeldCheckpoint(Checkpoint):
+    """A checkpoint that keeps whole tensors as it reads them, until they are let go, and serves rows from them."""
+
+    def __init__(self, *arguments: object) -> None:
+        super().__init__(*arguments)
+        self._held: dict[str, np.ndarray] = {}
+
+    def read(self, name: str, first: int = 0, rows: int | None = None) -> np.ndarray:
+        """As a checkpoint does; a tensor that is read whole, by leaving out `rows`, is kept."""
+        values = super().read(name, first, rows)
+        if rows is None and first == 0:
+            self._held[name] = values
+        return values
+
+    def read_into(self, name: str, first: int, out: np.ndarray) -> None:
+        held = self._held.get(name)
+        if held is None:
+            super().read_into(name, first, out)
+        else:
+            out[...] = held[first : first + len(out)]
+
+    def let_go(self, names: set[str]) -> None:
+        for name in names:
+            self._held.pop(name, None)
+
+
+class LiveImportance:
+    """The importance of a model's weights, block by block, from a calibration in a thread of its own.
+
+    Has what `llmcompress.importance.Live` asks for. Tensors of block b are of stage b, the output matrix is of the
+    stage behind the last block.
+    """
+
+    source = Path("calibration")
+
+    def __init__(self, checkpoint: HeldCheckpoint, steps: list[Step], options: CalibrationOptions) -> None:
+        self._checkpoint, self._options = checkpoint, options
+        self._rows = rows_of(checkpoint, options)
+        self._lockstep = lockstep_of(checkpoint, options.dtype, options.device, options.hidden_ram)
+        self._block_of = {
+            name: block
+            for block in range(len(self._lockstep.blocks))
+            for name in self._lockstep.parameters_of(block)
+        }
+        self._source_stages = {name: self._source_stage(name) for name in checkpoint.index}
+        self._steps = steps
+        blank = Calibration(expected=expected_of(self._lockstep))
+        self.entries: dict[str, np.ndarray | None] = dict.fromkeys(entries_of(steps, self._lockstep, blank))
+        self._stages = {
+            step.name: self._source_stages[step.pieces[0].tensor.name] for step in steps if step.pieces
+        }
+        self.datasets, self.chunks = self._rows.sources, len(self._rows.rows)
+        self.notes = (*self._rows.notes, *self._memory_note())
+        self.complaints: list[str] = []
+        self.fingerprint = hashlib.sha256(
+            f"{self._rows.sha256} {self._lockstep.model.dtype} {options.batch_tokens}".encode()
+        ).hexdigest()
+        self._changed = threading.Condition()
+        self._reached, self._stopped, self._error = -1, False, None
+
+    def stage(self, name: str) -> int:
+        return self._stages.get(name, -1)
+
+    def weights(self, name: str, matrices: int, inputs: int) -> np.ndarray:
+        """float32 (matrices, inputs), as soon as the calibration has them. Raises what ended the calibration."""
+        with self._changed:
+            self._changed.wait_for(lambda: self.entries[name] is not None or self._error or self._stopped)
+        if self._error:
+            raise self._error
+        if self.entries[name] is None:
+            raise RunError(f"{name}: the calibration was stopped")
+        return self.entries[name]
+
+    def reached(self, stage: int) -> None:
+        with self._changed:
+            self._reached = max(self._reached, stage)
+            self._changed.notify_all()
+        over = {name for name in self._checkpoint.index if self._source_stages[name] < stage - AHEAD}
+        self._checkpoint.let_go(over)
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        thread = threading.Thread(target=self._run, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            self.stop()
+            thread.join()
+
+    def stop(self) -> None:
+        """Nobody waits any more."""
+        with self._changed:
+            self._stopped = True
+            self._changed.notify_all()
+
+    def _run(self) -> None:
+        try:
+            batches = batches_of(self._rows.rows, self._options.batch_tokens)
+            found = calibrate(
+                self._lockstep, batches, _Stoppable(self), None, self._rows.tokens, self._block_is_through
+            )
+            self._publish(len(self._lockstep.blocks), found)
+            self.complaints = [*found.complaints, *self._scarce(found)]
+        except BaseException as error:  # handed to whoever waits for an entry
+            with self._changed:
+                self._error = error
+                self._changed.notify_all()
+
+    def _block_is_through(self, block: int, found: Calibration) -> None:
+        self._publish(block, found)
+        with self._changed:
+            self._changed.wait_for(lambda: self._reached >= block - AHEAD or self._stopped)
+
+    def _publish(self, stage: int, found: Calibration) -> None:
+        steps = [step for step in self._steps if self._stages.get(step.name) == stage]
+        entries = entries_of(steps, self._lockstep, found)
+        with self._changed:
+            self.entries |= {name: mean_squares(sums.tokens, sums.squares) for name, sums in entries.items()}
+            self._changed.notify_all()
+
+    def _scarce(self, found: Calibration) -> list[str]:
+        entries = entries_of(self._steps, self._lockstep, found)
+        return scarce_notes({name: sums.tokens for name, sums in entries.items()})
+
+    def _source_stage(self, name: str) -> int:
+        """The block that a tensor of the checkpoint is read for; the output matrix comes last, all else first."""
+        target = self._lockstep.weights.targets.get(name)
+        if target is None:
+            return -1
+        if target.parameter == self._lockstep.head:
+            return len(self._lockstep.blocks)
+        return self._block_of.get(target.parameter, -1)
+
+    def _memory_note(self) -> list[str]:
+        block = max(
+            sum(value.nbytes for value in self._lockstep.parameters_of(index).values())
+            for index in range(len(self._lockstep.blocks))
+        )
+        needed = format_size((2 + AHEAD) * block + self._options.hidden_ram)
+        return [
+            f"calibrating takes up to {needed} of memory beside --max-ram: blocks of the model, and hidden states"
+        ]
+
+
+class _Stoppable(Progress):
+    """Ends a calibration that nobody waits for."""
+
+    def __init__(self, live: LiveImportance) -> None:
+        self._live = live
+
+    def advance(self, count: int) -> None:
+        if self._live._stopped:
+            raise RunError("the calibration was stopped")
