@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -26,3 +28,15 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip("needs the material in ../shared, which is not here")
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of a model of tiny_models.py by its name, made once. Not to be changed."""
+    from tiny_models import BYTE_BPE, SENTENCEPIECE, build
+
+    tokenizers = {
+        BYTE_BPE: root / "examples" / "sample-llama-6m",
+        SENTENCEPIECE: root / "tests" / "data" / "stories260K",
+    }
+    return functools.cache(lambda name: build(name, tmp_path_factory.mktemp(name) / "tiny", tokenizers))

@@ -393,7 +393,7 @@ def test_a_disk_that_takes_no_more(when, odd, undisturbed, tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
 
     class Full(Progress):
-        def advance(self, count: int) -> None:
+        def start(self, phase: str, total: int, unit: str = "bytes") -> None:
             limit()
 
     def limit() -> None:
