@@ -7,6 +7,7 @@ calibration goes on with the next group and ends in the same sums.
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -28,8 +29,8 @@ class Calibration:
     """What a calibration found, by the names of the model's parameters.
 
     sums: the inputs of every weight that got any. expected: the matrices that could have got some, and in how many
-    stacked matrices. complaints: NaNs and infinities that were left out, a line each. resumed: tokens whose sums
-    came from an earlier, killed run.
+    stacked matrices. complaints: tokens left out for NaNs and infinities, a line for each batch. resumed: tokens
+    whose sums came from an earlier, killed run.
     """
 
     sums: dict[str, TensorStats] = field(default_factory=dict)
@@ -103,6 +104,7 @@ class _Pass:
     found: Calibration
     progress: Progress
     state: CalibrationState | None
+    left_out: dict[int, Counter[str]] = field(default_factory=dict)  # tokens with NaNs, by batch and weight
 
     @torch.no_grad()
     def run(self, after_block: Callable[[int, Calibration], None] | None) -> None:
@@ -116,6 +118,7 @@ class _Pass:
                 if after_block:
                     after_block(block, self.found)
         self._head()
+        self._complain()
 
     @property
     def _products(self) -> bool:
@@ -142,10 +145,18 @@ class _Pass:
             add_sums(self.found.sums, name, sums.tokens.numpy(), sums.squares.cpu().numpy())
         if self._products:
             self.state.add_products(self.number, {name: s.products for name, s in inputs.sums.items()})
-        self.found.complaints += [
-            f"{name}: an input of batch {batch + 1} of group {self.number + 1} held a NaN or infinity; left out"
-            for name, batch in inputs.nonfinite
-        ]
+        for name, batch, tokens in inputs.nonfinite:
+            self.left_out.setdefault(batch, Counter())[name] += tokens
+
+    def _complain(self) -> None:
+        """Tell of NaNs by the weight they first went into; once there, they are in all that follows."""
+        for batch, weights in sorted(self.left_out.items()):
+            (first, tokens), *others = weights.items()
+            more = f"; so were tokens of {len(others)} weights behind it" if others else ""
+            self.found.complaints.append(
+                f"{first}: inputs of {tokens} tokens of batch {batch + 1} of group {self.number + 1} held a NaN or "
+                f"infinity and were left out{more}"
+            )
 
 
 def _matrices(parameters: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

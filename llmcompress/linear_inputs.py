@@ -13,15 +13,15 @@ import torch
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-# Functions that multiply by a weight, and where the inputs and the weight stand among their arguments.
-_PRODUCTS: dict[Callable, tuple[int, int]] = {
-    functional.linear: (0, 1),
-    torch.matmul: (0, 1),
-    torch.mm: (0, 1),
-    torch.Tensor.matmul: (0, 1),
-    torch.Tensor.mm: (0, 1),
-    torch.Tensor.__matmul__: (0, 1),
-    torch.addmm: (1, 2),
+# Functions that multiply by a weight, and the place and name of the inputs and the weight among their arguments.
+_PRODUCTS: dict[Callable, tuple[tuple[int, str], tuple[int, str]]] = {
+    functional.linear: ((0, "input"), (1, "weight")),
+    torch.matmul: ((0, "input"), (1, "other")),
+    torch.mm: ((0, "input"), (1, "mat2")),
+    torch.Tensor.matmul: ((0, "self"), (1, "other")),
+    torch.Tensor.mm: ((0, "self"), (1, "mat2")),
+    torch.Tensor.__matmul__: ((0, "self"), (1, "other")),
+    torch.addmm: ((1, "mat1"), (2, "mat2")),
 }
 
 
@@ -47,14 +47,14 @@ class InputSums:
 class LinearInputs(TorchFunctionMode):
     """While active, adds up the inputs of the parameters it watches.
 
-    sums: by parameter name, for those that got any input. nonfinite: the parameter and the batch (as the caller
-    keeps it in `batch`) of every input that held a NaN or infinity; it is left out of the sums.
+    sums: by parameter name, for those that got any input. nonfinite: parameter, batch (as the caller keeps it in
+    `batch`) and number of tokens whose inputs held a NaN or infinity; these tokens are left out of the sums.
     """
 
     def __init__(self, parameters: Mapping[str, torch.Tensor], products: bool = False) -> None:
         super().__init__()
         self.sums: dict[str, InputSums] = {}
-        self.nonfinite: list[tuple[str, int]] = []
+        self.nonfinite: list[tuple[str, int, int]] = []
         self.batch = 0
         self._products = products
         self._owners = {_storage(value): (name, value) for name, value in parameters.items()}
@@ -63,10 +63,10 @@ class LinearInputs(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
-        places = _PRODUCTS.get(func)
-        if places is not None and len(args) > places[1]:
-            self.see(args[places[0]], args[places[1]])
-        return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if places := _PRODUCTS.get(func):
+            self.see(*(args[at] if at < len(args) else kwargs[name] for at, name in places))
+        return func(*args, **kwargs)
 
     def see(self, inputs: torch.Tensor, weight: torch.Tensor) -> None:
         """Add up `inputs` (..., inputs) if `weight` is a watched parameter or a view of one."""
@@ -83,21 +83,24 @@ class LinearInputs(TorchFunctionMode):
 
     def add(self, name: str, inputs: torch.Tensor, matrices: int = 1, matrix: int = 0) -> None:
         """Add up `inputs` (..., inputs) for one matrix of the parameter `name`."""
-        tokens, squares, products = self._of(inputs)
-        if not torch.isfinite(squares).all():
-            self.nonfinite.append((name, self.batch))
-            return
+        tokens, squares, products, left_out = self._of(inputs)
+        if left_out:
+            self.nonfinite.append((name, self.batch, left_out))
         if name not in self.sums:
             self.sums[name] = InputSums(matrices, inputs.shape[-1], self._products, inputs.device)
         self.sums[name].add(matrix, tokens, squares, products)
 
-    def _of(self, inputs: torch.Tensor) -> tuple[int, torch.Tensor, torch.Tensor | None]:
-        """Tokens, Σx² and XᵀX of an input; of q, k and v, which share theirs, computed once."""
+    def _of(self, inputs: torch.Tensor) -> tuple[int, torch.Tensor, torch.Tensor | None, int]:
+        """Tokens, Σx² and XᵀX of an input, and the tokens left out; of q, k and v, which share it, computed once."""
         if self._last is not None and self._last[0] is inputs and self._last[1] == inputs._version:
             return self._last[2]
         rows = inputs.reshape(-1, inputs.shape[-1]).float()
-        squares = rows.square().sum(0, dtype=torch.float64)
-        found = len(rows), squares, rows.T @ rows if self._products else None
+        tokens, squares = len(rows), rows.square().sum(0, dtype=torch.float64)
+        if not torch.isfinite(squares).all():
+            rows = rows[torch.isfinite(rows.square()).all(1)]
+            squares = rows.square().sum(0, dtype=torch.float64)
+        products = rows.T @ rows if self._products else None
+        found = len(rows), squares, products, tokens - len(rows)
         self._last = inputs, inputs._version, found
         return found
 
