@@ -12,7 +12,7 @@ import numpy as np
 from llmcompress.converters.architecture import steps_of
 from llmcompress.converters.config import Config
 from llmcompress.converters.families import find_architecture
-from llmcompress.converters.model import lockstep_of, read_tokenizer
+from llmcompress.converters.model import lockstep_of, read_tokenizer, require_fit
 
 from llmcompress import __version__
 from llmcompress.blocks import DEFAULT_HIDDEN_BYTES, Lockstep
@@ -22,7 +22,7 @@ from llmcompress.checkpoint import Checkpoint
 from llmcompress.errors import LlmcompressError
 from llmcompress.gguf.imatrix import scarce_notes
 from llmcompress.progress import Progress
-from llmcompress.stats import Statistics, TensorStats
+from llmcompress.stats import Statistics, TensorStats, statistics_suffix
 from llmcompress.step import Step
 from llmcompress.token_rows import TokenRows, calibration_rows, source_text, window_rows
 
@@ -77,24 +77,32 @@ def calibrate_model(
     Raises LlmcompressError.
     """
     out = Path(out)
-    checkpoint = Checkpoint.open(model)
-    checkpoint.require_plain()
-    rows = rows_of(checkpoint, options)
-    lockstep = lockstep_of(checkpoint, options.dtype, options.device, options.hidden_ram)
-    if hessian:
-        hessian.mkdir(parents=True, exist_ok=True)
-    state = CalibrationState(
-        out.with_name(f"{out.name}.state"), _fingerprint(checkpoint, rows, options, lockstep), hessian
-    )
-    batches = batches_of(rows.rows, options.batch_tokens)
-    found = calibrate(lockstep, batches, progress, state, options.save_every)
-    statistics = gguf_statistics(checkpoint, lockstep, found, rows)
-    statistics.save(out)
-    state.finish()
+    statistics_suffix(out)
+    with Checkpoint.open(model) as checkpoint:
+        checkpoint.require_plain()
+        steps = weight_steps(checkpoint)
+        rows, lockstep = rows_and_model(checkpoint, options)
+        for folder in filter(None, (out.parent, hessian)):
+            _make(folder)
+        fingerprint = _fingerprint(checkpoint, rows, options, lockstep, hessian)
+        state = CalibrationState(out.with_name(f"{out.name}.state"), fingerprint, hessian)
+        batches = batches_of(rows.rows, options.batch_tokens)
+        found = calibrate(lockstep, batches, progress, state, options.save_every)
+        statistics = _statistics(entries_of(steps, lockstep, found), checkpoint, lockstep, rows)
+        statistics.save(out)
+        state.finish()
     notes = (*rows.notes, *found.complaints, *scarce_notes(_counts(statistics)))
     return CalibrationReport(
         out, statistics, rows.tokens, found.resumed, str(lockstep.model.dtype)[6:], notes
     )
+
+
+def rows_and_model(checkpoint: Checkpoint, options: CalibrationOptions) -> tuple[TokenRows, Lockstep]:
+    """What to calibrate on, and the model, ready to run. Raises LlmcompressError where they do not fit."""
+    rows = rows_of(checkpoint, options)
+    lockstep = lockstep_of(checkpoint, options.dtype, options.device, options.hidden_ram)
+    require_fit(lockstep.model, rows.rows)
+    return rows, lockstep
 
 
 def rows_of(checkpoint: Checkpoint, options: CalibrationOptions) -> TokenRows:
@@ -111,12 +119,11 @@ def rows_of(checkpoint: Checkpoint, options: CalibrationOptions) -> TokenRows:
     )
 
 
-def gguf_statistics(
-    checkpoint: Checkpoint, lockstep: Lockstep, found: Calibration, rows: TokenRows
+def _statistics(
+    entries: dict[str, TensorStats], checkpoint: Checkpoint, lockstep: Lockstep, rows: TokenRows
 ) -> Statistics:
-    """Sums by parameter of the model to sums by tensor of its GGUF; a weight that got no data has zeros."""
     return Statistics(
-        entries_of(weight_steps(checkpoint), lockstep, found),
+        entries,
         rows.sources,
         len(rows.rows),
         rows.chunk,
@@ -138,7 +145,10 @@ def weight_steps(checkpoint: Checkpoint) -> list[Step]:
 
 
 def entries_of(steps: Sequence[Step], lockstep: Lockstep, found: Calibration) -> dict[str, TensorStats]:
-    """Sums for every step whose weights are multiplied with inputs, experts in the order of the step."""
+    """Sums by parameter of the model to sums by tensor of its GGUF, experts in the order of the step.
+
+    A weight that got no data has zeros.
+    """
     entries = {}
     for step in steps:
         targets = [lockstep.weights.targets.get(piece.tensor.name) for piece in step.pieces]
@@ -166,8 +176,19 @@ def _counts(statistics: Statistics) -> dict[str, np.ndarray]:
 
 
 def _fingerprint(
-    checkpoint: Checkpoint, rows: TokenRows, options: CalibrationOptions, lockstep: Lockstep
+    checkpoint: Checkpoint,
+    rows: TokenRows,
+    options: CalibrationOptions,
+    lockstep: Lockstep,
+    hessian: Path | None,
 ) -> str:
     parts = (checkpoint.fingerprint(), rows.sha256, str(lockstep.model.dtype), options.batch_tokens,
-             options.save_every, options.device)  # fmt: skip
+             options.save_every, options.device, str(hessian and hessian.resolve()))  # fmt: skip
     return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise LlmcompressError(f"{folder}: cannot be made ({error.strerror}); name another folder") from None

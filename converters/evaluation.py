@@ -15,6 +15,7 @@ from llmcompress.converters.model import (
     is_quantized,
     lockstep_of,
     read_tokenizer,
+    require_fit,
     transformers_model,
     whole_model,
 )
@@ -161,6 +162,7 @@ def _evaluate(
 ) -> Evaluation:  # fmt: skip
     hidden_ram = options.hidden_ram // (2 if model else 1)
     runner = _runner(held, options, hidden_ram)
+    require_fit(runner.model, windows.rows)
     batches = batches_of(windows.rows, min(BATCH_TOKENS, LOGITS_BYTES // (4 * vocabulary(runner))))
     if base:
         return evaluate_against(runner, base, batches, progress)

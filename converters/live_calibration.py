@@ -13,8 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from llmcompress.converters.calibration import CalibrationOptions, entries_of, rows_of
-from llmcompress.converters.model import lockstep_of
+from llmcompress.converters.calibration import CalibrationOptions, entries_of, rows_and_model
 
 from llmcompress.calibrate import Calibration, batches_of, calibrate, expected_of
 from llmcompress.checkpoint import Checkpoint
@@ -64,8 +63,7 @@ class LiveImportance:
 
     def __init__(self, checkpoint: HeldCheckpoint, steps: list[Step], options: CalibrationOptions) -> None:
         self._checkpoint, self._options = checkpoint, options
-        self._rows = rows_of(checkpoint, options)
-        self._lockstep = lockstep_of(checkpoint, options.dtype, options.device, options.hidden_ram)
+        self._rows, self._lockstep = rows_and_model(checkpoint, options)
         self._block_of = {
             name: block
             for block in range(len(self._lockstep.blocks))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 import transformers
 from llmcompress.converters.from_gguf import DecodedGGUF
@@ -12,7 +14,7 @@ from llmcompress.block_weights import PartWeights, empty_model
 from llmcompress.blocks import DEFAULT_HIDDEN_BYTES, Lockstep
 from llmcompress.checkpoint import Checkpoint
 from llmcompress.compute import compute_device, compute_dtype
-from llmcompress.errors import CheckpointError
+from llmcompress.errors import CheckpointError, LlmcompressError
 
 
 def lockstep_of(
@@ -34,6 +36,22 @@ def read_tokenizer(directory: Path) -> transformers.PreTrainedTokenizerBase:
         raise CheckpointError(
             f"{directory}: no tokenizer that transformers reads: {' '.join(str(error).split())[:300]}"
         ) from error
+
+
+def require_fit(model: transformers.PreTrainedModel, rows: Sequence[np.ndarray]) -> None:
+    """Raise LlmcompressError where rows of tokens are longer than the model was made for, or not of its vocabulary."""
+    config = model.config.get_text_config()
+    longest, highest = max(map(len, rows)), max(int(row.max()) for row in rows)
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions and longest > positions:
+        raise LlmcompressError(
+            f"rows of {longest} tokens: the model has {positions} positions; give --chunk {positions} or less"
+        )
+    if highest >= config.vocab_size:
+        raise CheckpointError(
+            f"{config.name_or_path or type(model).__name__}: the tokenizer gives token {highest}, the model has "
+            f"{config.vocab_size} tokens; are both of the same model?"
+        )
 
 
 def is_quantized(config: dict) -> bool:

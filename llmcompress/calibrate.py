@@ -83,6 +83,8 @@ def calibrate(
     """
     groups = list(groups_of(batches, group_tokens))
     held = state.load() if state else None
+    if state and not held:
+        state.save({}, [], 0)  # so that a disk that refuses it does so before the work
     sums, complaints, first = held or ({}, [], 0)
     found = Calibration(sums, expected_of(lockstep), complaints, sum(map(_tokens, groups[:first])))
     progress.start("calibrate", sum(map(_tokens, groups)) * len(lockstep.blocks), "tokens x blocks")

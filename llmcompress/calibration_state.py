@@ -28,6 +28,7 @@ class CalibrationState:
 
     def __init__(self, path: Path, fingerprint: str, products: Path | None = None) -> None:
         self.path, self.products, self._fingerprint = path, products, fingerprint
+        self._saved: set[str] = set()  # weights that the saved groups have sums of
 
     def load(self) -> tuple[dict[str, TensorStats], list[str], int] | None:
         """Sums, complaints and the number of groups they are of; None where there is nothing to go on with."""
@@ -43,6 +44,7 @@ class CalibrationState:
                     )
                     for name in names
                 }
+                self._saved = set(sums)
                 return sums, json.loads(about["complaints"]), int(about["groups"])
         except FileNotFoundError:
             return None
@@ -64,15 +66,22 @@ class CalibrationState:
         }
         with whole_file(self.path) as file:
             file.write(safetensors.torch.save(tensors, about))
+        self._saved = set(sums)
 
     def add_products(self, group: int, products: Mapping[str, torch.Tensor]) -> None:
         """Add a group's XᵀX, float32 (matrices, inputs, inputs), to the files of their parameters.
 
-        A file that has this group already, because the run was killed behind it, stays as it is.
+        A file that has this group already, because the run was killed behind it, stays as it is. Raises
+        LlmcompressError where that of the groups before is gone.
         """
         for name, value in products.items():
             path = self.products / f"{name}.safetensors"
             held, groups = self._read_products(path) if group else (None, 0)
+            if name in self._saved and groups < group:
+                raise LlmcompressError(
+                    f"{path}: the sums of {group} groups that {self.path} goes on from are not there; remove that to "
+                    "calibrate from the start"
+                )
             if groups > group:
                 continue
             value = value.cpu() if held is None else held.add_(value.cpu())
@@ -90,7 +99,7 @@ class CalibrationState:
                 about = file.metadata() or {}
                 if about.get("fingerprint") == self._fingerprint:
                     return file.get_tensor("products"), int(about["groups"])
-        except FileNotFoundError:
+        except (SafetensorError, OSError):  # whether it should be there, the caller knows
             pass
         return None, 0
 

@@ -39,7 +39,7 @@ def compute_device(asked: str) -> torch.device:
     name = ("cuda" if torch.cuda.is_available() else "cpu") if asked == "auto" else asked
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
+        torch.empty(1, device=device).cpu()  # "meta" makes tensors, but of no values
     except (RuntimeError, AssertionError) as error:
         raise LlmcompressError(f"--device {asked}: {' '.join(str(error).split())[:200]}") from None
     if device.type == "cpu":

@@ -102,13 +102,10 @@ class Statistics:
         Sums become float32. A `.dat` holds less: see `write_legacy`. Raises GGUFError for another ending and for
         sums beyond float32, LlmcompressError where the disk refuses.
         """
-        suffix = Path(path).suffix.lower()
-        if suffix == ".gguf":
+        if statistics_suffix(path) == ".gguf":
             write_gguf(path, self.entries, self.datasets, self.chunks, self.chunk_size, self.notes)
-        elif suffix == ".dat":
-            write_legacy(path, self.entries, self.datasets, self.chunks, self.chunk_size)
         else:
-            raise GGUFError(f"{path}: statistics go into a file that ends in .gguf or .dat; name it so")
+            write_legacy(path, self.entries, self.datasets, self.chunks, self.chunk_size)
 
     def merge(self, other: Statistics) -> None:
         """Add another calibration of the same model; weights that only one of them has are kept.
@@ -142,6 +139,14 @@ class Statistics:
         return ImportanceMatrix(
             means, self.datasets, self.chunks, self.chunk_size, Path(source), tuple(notes)
         )
+
+
+def statistics_suffix(path: str | os.PathLike) -> str:
+    """The ending of a statistics file's name, which decides its format: `.gguf` or `.dat`. Raises GGUFError."""
+    suffix = Path(path).suffix.lower()
+    if suffix not in (".gguf", ".dat"):
+        raise GGUFError(f"{path}: statistics go into a file that ends in .gguf or .dat; name it so")
+    return suffix
 
 
 def _size(stats: TensorStats) -> str:
