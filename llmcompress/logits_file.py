@@ -133,12 +133,15 @@ class LogitsWriter:
 class LogitsReader:
     """An open file: n_ctx, n_vocab, and tokens, int32 (chunks, n_ctx); iterating gives one array a chunk.
 
-    Raises LogitsFileError where the file is damaged.
+    Raises LogitsFileError where the file cannot be read or is damaged.
     """
 
     def __init__(self, path: str | os.PathLike) -> None:
         self.path = Path(path)
-        self._file = open(self.path, "rb")
+        try:
+            self._file = open(self.path, "rb")
+        except OSError as error:
+            raise LogitsFileError(f"{self.path}: cannot be read: {error.strerror}") from error
         try:
             self._read_header()
         except BaseException:

@@ -199,6 +199,11 @@ def test_no_bytes_cause_another_error(data, tmp_path_factory):
         pass
 
 
+def test_a_file_that_is_not_there(tmp_path):
+    with pytest.raises(LogitsFileError, match="a.logits: cannot be read: No such file"):
+        LogitsReader(tmp_path / "a.logits")
+
+
 def test_a_file_cut_short_while_it_is_read(tmp_path):
     path = written(tmp_path / "a.logits", WHOLE)
     with LogitsReader(path) as file:
