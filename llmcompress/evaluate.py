@@ -60,7 +60,7 @@ def evaluate(
     """Run `batches`, int64 (rows, tokens), through both models, or through one for its perplexity alone.
 
     `save` gets the reference's logits (the artefact's, where it is alone) of the scored positions, row by row.
-    Raises RunError where the models have different blocks or vocabularies.
+    Raises RunError where the models have different blocks or vocabularies, and for what is not finite.
     """
     models = [model for model in (reference, artefact) if model is not None]
     if reference:
@@ -70,7 +70,7 @@ def evaluate(
 
     def compare(block: str) -> None:
         if reference:
-            errors[block] = _hidden_error(reference, artefact, len(batches))
+            errors[block] = _hidden_error(block, reference, artefact, len(batches))
 
     _through_blocks(models, batches, progress, compare)
     found = Divergence() if reference else Perplexity()
@@ -140,10 +140,13 @@ def _through_blocks(
         progress.advance(tokens)
 
 
-def _hidden_error(reference: Lockstep, artefact: Lockstep, batches: int) -> float:
+def _hidden_error(block: str, reference: Lockstep, artefact: Lockstep, batches: int) -> float:
     difference = size = 0.0
     for batch in range(batches):
         wanted, got = reference.hidden(batch).float(), artefact.hidden(batch).float()
         difference += float((got - wanted).square().sum(dtype=torch.float64))
         size += float(wanted.square().sum(dtype=torch.float64))
+    if not math.isfinite(difference + size):
+        whose = "artefact" if math.isfinite(size) else "reference"
+        raise RunError(f"{block}: its output in the {whose} holds a NaN or infinity; is --dtype f32 finite?")
     return math.sqrt(difference / size) if size else 0.0

@@ -232,7 +232,7 @@ def test_batches_and_spilled_states_do_not_change_the_figures(sample, files, opt
 
 def test_logits_of_one_batch_at_a_time(sample, files, options, monkeypatch) -> None:
     """Beside those that are computed only the other model's, of no more bytes than LOGITS_BYTES."""
-    monkeypatch.setattr(evaluation, "LOGITS_BYTES", 2 * CHUNK * 8192 * 4)
+    monkeypatch.setattr(evaluation, "LOGITS_BYTES", 2 * CHUNK * 4096 * 4)
     made: list[weakref.ref] = []
     alive, rows = [], []
     logits_of = Lockstep._logits
@@ -284,6 +284,18 @@ def test_a_checkpoint_as_artefact(sample: Path, perturbed: Path, options) -> Non
     expected = figures_by_hand(by(loaded(sample)), by(loaded(perturbed)), rows, "transformers")
     assert expected["mean_kl"] > 1e-5
     assert values(report) == pytest.approx(expected, rel=1e-4, abs=1e-7)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_the_first_block_that_is_not_finite_is_named(value, sample: Path, perturbed: Path, options) -> None:
+    state = load_file(perturbed / "model.safetensors")
+    state["model.layers.3.mlp.down_proj.weight"][7, 5] = value
+    save_file(state, perturbed / "model.safetensors")
+    for models, whose in (((perturbed, sample), "artefact"), ((sample, perturbed), "reference")):
+        with pytest.raises(RunError, match=f"model.layers.3: its output in the {whose} holds a NaN or inf"):
+            evaluated(*models, options)
+    with pytest.raises(RunError, match="NaN or infinite logits"):
+        evaluated(perturbed, None, options)
 
 
 def test_a_checkpoint_alone_has_its_perplexity(sample: Path, options) -> None:
