@@ -7,12 +7,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import transformers
 from conftest import ROOT
 from safetensors import safe_open
+from tokenizers import Tokenizer
+
+from llmcompress.stats import Statistics, TensorStats
 
 sys.path.insert(0, str(ROOT / "tools"))
+import bench_calibrate
 import measure
 import synthetic
 
@@ -33,6 +38,13 @@ def test_a_size_is_met_by_a_shape_that_k_types_hold(size: str) -> None:
     wanted = float(size[:-1]) * {"m": 1e6, "b": 1e9}[size[-1]]
     assert abs(shape.weights - wanted) < 0.1 * wanted
     assert shape.hidden % BLOCK == shape.ffn % BLOCK == 0
+    assert shape.hidden // synthetic.HEAD % shape.kv_heads == 0
+
+
+def test_half_a_billion_weights_of_qwen_s_widths() -> None:
+    shape = synthetic.shape_of("0.5b")
+    assert (shape.hidden, shape.ffn, shape.kv_heads) == (896, 4864, 2)
+    assert abs(shape.weights - 5e8) < 0.01 * 5e8
     assert shape.hidden // synthetic.HEAD % shape.kv_heads == 0
 
 
@@ -79,6 +91,64 @@ def test_measure_sees_memory_and_processor_time(tmp_path: Path) -> None:
 def test_measure_shows_why_a_command_failed() -> None:
     with pytest.raises(RuntimeError, match="exit code 3\n.*the reason"):
         measure.measure([sys.executable, "-c", "import sys; print('the reason'); sys.exit(3)"])
+
+
+def test_measure_keeps_what_a_command_printed(tmp_path: Path) -> None:
+    code = "import sys; print('one', flush=True); print('two', file=sys.stderr)"
+    measure.measure([sys.executable, "-c", code], printed=tmp_path / "printed")
+    assert (tmp_path / "printed").read_text() == "one\ntwo\n"
+
+
+def test_differences_of_sums_are_relative_and_of_shared_weights() -> None:
+    def of(tokens: int, *squares: float) -> TensorStats:
+        return TensorStats(np.array([tokens]), np.array([squares]))
+
+    mine = Statistics({"a": of(4, 1.0, 2.2, 0.0, 3.0), "b": of(4, 1.0)})
+    theirs = Statistics({"a": of(4, 1.0, 2.0, 0.0, 0.0), "c": of(4, 1.0)})
+    found = bench_calibrate.differences_of(mine, theirs)
+    assert list(found) == ["a"]
+    assert found["a"] == pytest.approx([0, 0.1, 0, np.inf])
+    with pytest.raises(RuntimeError, match="a: 4 tokens in one file, 5 in the other"):
+        bench_calibrate.differences_of(mine, Statistics({"a": of(5, 1.0, 2.0, 0.0, 0.0)}))
+
+
+def test_time_after_the_start_is_read_from_what_both_programs_print() -> None:
+    ours = """calibrate: 51,200 tokens x blocks of 107,520 tokens x blocks, 5,120 tokens x blocks/s, 11 s left
+calibrate: 107,520 tokens x blocks of 107,520 tokens x blocks, 4,000 tokens x blocks/s
+"""
+    assert bench_calibrate.our_busy(ours, 40) == 26.88
+    theirs = """0.00.042.452 I compute_imatrix: tokenization took 17.333 ms
+1.02.042.500 I compute_imatrix: computing over 35 chunks, n_ctx=512, batch_size=2048, n_seq=4
+1.03.285.587 I compute_imatrix: 0.24 seconds per pass - ETA 0.03 minutes
+"""
+    assert bench_calibrate.their_busy(theirs, 100) == pytest.approx(100 - 62.0425)
+
+
+@pytest.mark.parametrize(("chunks", "windows"), [(8, 8), (7, 4), (None, 12)])
+def test_the_text_to_calibrate_on_is_cut_to_whole_batches(chunks: int | None, windows: int) -> None:
+    tokenizer = Tokenizer.from_file(str(bench_calibrate.SAMPLE / "tokenizer.json"))
+    text = "The boats lay in the harbour, and no two were of one colour. " * 400
+    assert 12 * 512 <= len(tokenizer.encode(text).ids) < 16 * 512
+    tokens = len(tokenizer.encode(bench_calibrate.cut(text, bench_calibrate.SAMPLE, chunks)).ids)
+    assert windows * 512 <= tokens < (windows + 0.5) * 512
+
+
+@pytest.mark.slow
+def test_the_calibration_benchmark_runs_without_llama_cpp(tmp_path: Path) -> None:
+    text = tmp_path / "text"
+    text.write_text("The boats lay in the harbour, and no two were of one colour. " * 200)
+    options = "--models 1m --chunks 4 --memory-size 1m --memory-tokens 1k --repeat 1".split()
+    done = run_tool("bench_calibrate.py", *options, "--text", text, "--work", tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows = [line.strip("| ").split(" | ") for line in done.stdout.splitlines() if line.startswith("| ")]
+    heading = rows.index(["what", "measured", "bar"])
+    runs, bars = rows[1:heading], rows[heading + 1 :]
+    assert [run[1] for run in runs[:2]] == ["2048", "2048"] and runs[3][1] == "1024"
+    assert [bar[0].split(",")[0] for bar in bars] == [
+        "calibrate 1m in shards", "perplexity of an F32 GGUF", "perplexity of an F32 GGUF",
+    ]  # fmt: skip
+    assert {bar[-1] for bar in bars} == {"met"}
+    assert [file.name for file in tmp_path.iterdir()] == ["text"]
 
 
 @pytest.mark.slow

@@ -23,13 +23,12 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from against_peers import MIB, PROGRAM, synthetic
 from measure import Cost, end_of, machine, measure, middle
 
 from llmcompress import __version__
 from llmcompress.filetypes import find_file_type
 
-MIB = 2**20
-PROGRAM = [sys.executable, "-m", "llmcompress"]
 # What a job imports before it reads the checkpoint.
 IMPORTS = "import llmcompress.cli, llmcompress.display, llmcompress.converters.to_gguf, llmcompress.run"
 CYLLAMA = """import sys
@@ -194,13 +193,6 @@ def sha256(file: Path) -> str:
 def help_time() -> str:
     costs = [measure([*PROGRAM, "--help"]) for _ in range(9)]
     return f"llmcompress --help: {middle(costs).seconds:.3f} s (median of 9)"
-
-
-def synthetic(folder: Path, size: str) -> Path:
-    """A synthetic checkpoint, made by another process so that this one, which measures, stays small."""
-    script = Path(__file__).with_name("synthetic.py")
-    subprocess.run([sys.executable, script, folder, "--size", size], check=True)
-    return folder
 
 
 def arguments() -> argparse.Namespace:

@@ -47,14 +47,17 @@ class Cost:
 
 
 def measure(
-    command: Sequence[str | Path], env: Mapping[str, str] | None = None, out: Path | None = None
+    command: Sequence[str | Path],
+    env: Mapping[str, str] | None = None,
+    out: Path | None = None,
+    printed: Path | None = None,
 ) -> Cost:
     """Run a command and wait for it. `env` is added to the environment; `out` is the file it writes.
 
-    A child's peak counts from that of the process that starts it, so the caller has to be small itself.
+    What it prints, on standard output and error, stays in the file `printed` where one is given. A child's peak counts from that of the process that starts it, so the caller has to be small itself.
     Raises RuntimeError with the end of the command's output where it fails.
     """
-    with tempfile.TemporaryFile() as log:
+    with open(printed, "w+b") if printed else tempfile.TemporaryFile() as log:
         environment, started = os.environ | (env or {}), time.monotonic()
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)
         with _Sampler(process.pid) as sampler:

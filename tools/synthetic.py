@@ -1,6 +1,7 @@
 """Writes a checkpoint with a real model's shapes and random weights, for measurements.
 
     python tools/synthetic.py FOLDER --size tinyllama          # TinyLlama-1.1B: 2.2 GB of bf16
+    python tools/synthetic.py FOLDER --size 0.5b               # the widths of Qwen2.5-0.5B's layers: 1 GB
     python tools/synthetic.py FOLDER --size 3b --shard-size 2G  # TinyLlama's proportions, about 3e9 weights
 
 A Llama in bf16, written a few million weights at a time. The tokenizer is the small SentencePiece one of
@@ -76,13 +77,17 @@ class Shape:
 
 
 TINYLLAMA = Shape(hidden=2048, ffn=5632, layers=22, kv_heads=4, vocabulary=32000)
+# Qwen2.5-0.5B's widths. Of its 0.5e9 weights more than a quarter are its vocabulary's; here more layers make them up,
+# so that the time of a run is that of its layers.
+HALF_BILLION = Shape(hidden=896, ffn=4864, layers=30, kv_heads=2, vocabulary=32000)
+NAMED = {"tinyllama": TINYLLAMA, "0.5b": HALF_BILLION}
 
 
 def shape_of(size: str) -> Shape:
-    """The shape for `tinyllama`, or for a number of weights such as `200m` or `3b`: TinyLlama's proportions,
+    """The shape for `tinyllama` or `0.5b`, or for a number of weights such as `200m` or `3b`: TinyLlama's proportions,
     its layers counted so that the number comes out as closely as whole layers let it. Raises ValueError."""
-    if size.lower() == "tinyllama":
-        return TINYLLAMA
+    if size.lower() in NAMED:
+        return NAMED[size.lower()]
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([mb])", size.lower())
     if not match:
         raise ValueError(f"--size {size}: write tinyllama, or a number of weights such as 200m or 3b")
@@ -149,7 +154,7 @@ def main() -> None:
     as_written = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_written)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--size", default="tinyllama", help="tinyllama, or weights such as 200m or 3b")
+    parser.add_argument("--size", default="tinyllama", help="tinyllama, 0.5b, or weights such as 200m or 3b")
     parser.add_argument("--shard-size", help="most bytes in one file, such as 2G")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
