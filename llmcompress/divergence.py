@@ -160,6 +160,8 @@ class Divergence:
         ln_perplexity_ratio    mean difference of nll, artefact less reference. Its error is paired, the se of
                                the differences; llama.cpp's √(se² + se_ref² − 2 cov) is the same number
         perplexity_ratio       its exponential; the error is ratio · se
+        perplexity_difference  artefact less reference; by the delta method its error, paired too, is the se of the
+                               mean of perplexity · nll − reference_perplexity · reference_nll
         mean_kl, mean_delta_p  means; se is √(sample variance / n)
         median_kl, kl_90, kl_95, kl_99, kl_99_9   see `_quantile`
         max_kl                 no error
@@ -170,11 +172,14 @@ class Divergence:
         """
         tokens = self.per_token()
         ln_ratio = _mean(tokens.nll - tokens.reference_nll)
+        reference, artefact = _exponential(_mean(tokens.reference_nll)), _exponential(_mean(tokens.nll))
+        difference = _mean(artefact.value * tokens.nll - reference.value * tokens.reference_nll)
         kl = np.sort(tokens.kl)
         return {
             "tokens": Estimate(self._tokens, None),
-            "reference_perplexity": _exponential(_mean(tokens.reference_nll)),
-            "perplexity": _exponential(_mean(tokens.nll)),
+            "reference_perplexity": reference,
+            "perplexity": artefact,
+            "perplexity_difference": Estimate(artefact.value - reference.value, difference.error),
             "ln_perplexity_ratio": ln_ratio,
             "perplexity_ratio": _exponential(ln_ratio),
             "mean_kl": _mean(kl),

@@ -18,6 +18,7 @@ __all__ = ["live_progress", "show_calibration", "show_evaluation"]
 FIGURES = (
     ("reference_perplexity", "perplexity of the reference", 1, ""),
     ("perplexity", "perplexity", 1, ""),
+    ("perplexity_difference", "perplexity less the reference's", 1, ""),
     ("perplexity_ratio", "perplexity over the reference's", 1, ""),
     ("ln_perplexity_ratio", "its logarithm", 1, "nats"),
     ("mean_kl", "KL divergence, mean", 1, "nats"),

@@ -19,7 +19,7 @@ from llmcompress.converters import evaluation
 from llmcompress.converters.evaluation import EvaluationOptions, EvaluationReport, evaluate_model
 from llmcompress.converters.from_gguf import DecodedGGUF
 from safetensors.numpy import load_file, save_file
-from test_divergence import PRINTED, printed_figures
+from test_divergence import PRINTED, SIZE, printed_figures
 from tiny_models import BYTE_BPE, SENTENCEPIECE, build
 
 import llmcompress
@@ -64,7 +64,9 @@ def evaluated(artefact: Path, reference: Path | None, options: EvaluationOptions
 
 
 def values(report: EvaluationReport) -> dict[str, float]:
-    return {name: figure.value for name, figure in report.evaluation.figures.items()}
+    """All but a difference, whose terms are there and have the digits it lacks."""
+    figures = report.evaluation.figures
+    return {name: figure.value for name, figure in figures.items() if name != "perplexity_difference"}
 
 
 def windows_by_hand(model: Path, text: Path, style: str, chunk: int, tokens: int) -> list[list[int]]:
@@ -306,6 +308,7 @@ def test_a_checkpoint_alone_has_its_perplexity(sample: Path, options) -> None:
     )
 
 
+@pytest.mark.slow
 def test_a_bitsandbytes_checkpoint(sample: Path, options, tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
     config = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
@@ -377,10 +380,10 @@ def test_llama_perplexitys_file_gives_the_figures_it_prints(root: Path, tmp_path
     printed = printed_figures(golden / "divergence.txt")
     for name, (label, divisor) in PRINTED.items():
         value, error = printed[label]
-        found = report.evaluation.figures[name]
-        assert found.value == pytest.approx(value / divisor, rel=5e-5, abs=5e-5), name
+        found, slack = report.evaluation.figures[name], 5e-5 * SIZE.get(name, 1)
+        assert found.value == pytest.approx(value / divisor, rel=5e-5, abs=slack), name
         if error and not name.startswith(("median", "kl_")):
-            assert found.error == pytest.approx(error / divisor, rel=5e-5, abs=5e-5), name
+            assert found.error == pytest.approx(error / divisor, rel=5e-5, abs=slack), name
 
 
 # How much text
@@ -468,6 +471,7 @@ def tasks(text: Path, tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_tasks_of_lm_evaluation_harness(tasks: Path, sample: Path, files, options) -> None:
     """An F32 file scores as the checkpoint does in the harness's own hands; a Q3_K_M file beside its reference."""
     lm_eval = pytest.importorskip("lm_eval")

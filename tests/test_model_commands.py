@@ -111,6 +111,7 @@ def test_the_bundled_text_is_named(sample: Path) -> None:
     assert "note: no --data" in output(evaluate(sample, "--tokens", "256"))
 
 
+@pytest.mark.slow
 def test_tasks(sample: Path, quantized: Path, short: list[str], tmp_path: Path) -> None:
     pytest.importorskip("lm_eval")
     (tmp_path / "task.yaml").write_text(f"""
