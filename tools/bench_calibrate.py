@@ -5,7 +5,8 @@
     python tools/bench_calibrate.py --parts memory perplexity      # needs nothing of llama.cpp
 
 calibrate: `llmcompress calibrate` and llama-imatrix by turns, on the same text, windows and threads; llama-imatrix
-    reads the model as F32, F16 and BF16, and its fastest counts. Then the sums of the two are compared.
+    reads the model as F32, F16 and BF16, and its fastest counts. The sums of the two are compared,
+    also with attention in float32, which llama.cpp computes in float16 unless told otherwise.
 memory: the peak of calibrating a large bf16 checkpoint, above the interpreter with its libraries.
 perplexity: of an F32 GGUF by `evaluate`, by transformers on the checkpoint, and by llama-perplexity on the GGUF.
 compare: the time `evaluate` takes for a Q4_K_M file beside its model, and llama-perplexity --kl-divergence does.
@@ -39,6 +40,8 @@ from llmcompress.stats import Statistics
 
 TEXT = ROOT.parent / "shared" / "corpora" / "sample-heldout" / "heldout.txt"
 GIB = 2**30
+# By itself llama.cpp computes attention in float16, whatever type the model has, and its sums are off by that.
+EXACT_ATTENTION = ["--cache-type-k", "f32", "--cache-type-v", "f32", "--flash-attn", "off"]
 # What `calibrate` imports before it reads the checkpoint.
 IMPORTS = """import llmcompress.cli, llmcompress.model_display, llmcompress.converters.calibration
 from transformers import AutoTokenizer, LlamaForCausalLM"""
@@ -94,27 +97,32 @@ def calibrate_model(bench: Bench, model: Path, text: Path, dtypes: tuple[str, ..
         options = ["-o", out, "--data", text, *WINDOWS, "--dtype", dtype]
         return Contender(f"{OURS} --dtype {dtype}", [*PROGRAM, "calibrate", model, *options], out, our_busy)
 
-    def theirs(type: str) -> Contender:
-        out = bench.work / f"theirs-{type}.gguf"
-        command = bench.llama("imatrix", bench.gguf(model, type), text, "-o", out, "--no-ppl")
-        return Contender(f"llama-imatrix, {type}", command, out, their_busy)
+    def theirs(type: str, how: str = "", *more: str) -> Contender:
+        out = bench.work / f"theirs-{type}{how}.gguf"
+        command = bench.llama("imatrix", bench.gguf(model, type), text, "-o", out, "--no-ppl", *more)
+        return Contender(f"llama-imatrix, {type}{how}", command, out, their_busy)
 
     mine = [ours(dtype) for dtype in dtypes]
-    peers = [theirs(type) for type in ("F32", "F16", "BF16")] if bench.given.llama_bin else []
-    for turn in range(bench.given.repeat):
-        # Only the default's time is judged: the others give their sums, once.
-        for contender in [*(mine if turn == 0 else mine[:1]), *peers]:
+    peers, exact = [], []
+    if bench.given.llama_bin:
+        peers = [theirs(type) for type in ("F32", "F16", "BF16")]
+        exact = [theirs("F32", " with float32 attention", *EXACT_ATTENTION)]
+    for _ in range(bench.given.repeat):
+        for contender in [mine[0], *peers]:
             contender.run(bench)
+    for contender in [*mine[1:], *exact]:  # only their sums are judged
+        contender.run(bench)
     sums = Statistics.load(mine[0].out)
     tokens = sums.chunks * sums.chunk_size
-    for contender in [*mine, *peers]:
+    for contender in [*mine, *peers, *exact]:
         name = f"{model.name}: {contender.name}, median of {len(contender.costs)}"
         bench.row(name, middle(contender.costs), tokens, median(contender.after))
     if peers:
         bench.peer_build = re.search(r"CPU : .*|$", peers[0].printed)[0]
         judge_speed(bench, model.name, mine[0], peers)
         for contender in mine:
-            judge_sums(bench, model.name, contender, peers[0])
+            for peer in [*exact, peers[0]]:
+                judge_sums(bench, model.name, contender, peer)
 
 
 def judge_speed(bench: Bench, model: str, mine: Contender, peers: list[Contender]) -> None:
@@ -134,7 +142,7 @@ def judge_sums(bench: Bench, model: str, mine: Contender, peer: Contender) -> No
     differences = differences_of(own, Statistics.load(peer.out))
     worst = max(differences, key=lambda name: differences[name].max())
     largest, middling = differences[worst].max(), np.median(np.concatenate(list(differences.values())))
-    what = f"calibrate {model} in {own.notes['calibration.dtype']}: sums of x² beside {peer.name}'s"
+    what = f"calibrate {model} in {own.notes['calibration.dtype']}: sums of x² beside those of {peer.name}"
     measured = f"{largest:.1e} at most ({worst}), median {middling:.1e}, {len(differences)} weights"
     bench.bar(what, measured, "1e-3 relative", largest <= 1e-3)
 
