@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from llmcompress.errors import LlmcompressError, nearest
 from llmcompress.evaluate import WINDOWS, Evaluation, evaluate, evaluate_against, vocabulary
 from llmcompress.logits_file import LogitsReader, LogitsWriter
 from llmcompress.progress import Progress
+from llmcompress.text_sources import weighed_sources
 from llmcompress.token_rows import source_text, window_rows
 from llmcompress.token_stream import Tokenise
 
@@ -175,6 +177,9 @@ def _evaluate(
 
 
 def _windows(tokenizer: transformers.PreTrainedTokenizerBase, options: EvaluationOptions) -> Windows:
+    for source in options.data:
+        if not math.isclose(sum(weighed_sources([source]).values()), 1):
+            raise LlmcompressError(f"--data {source}: texts are evaluated whole; leave the weight out")
     texts = [source_text(tokenizer, source) for source in options.data]
     found = window_rows(tokenizer, "\n\n".join(text for text, _ in texts), options.chunk, options.windows)
     notes = (*(note for _, refused in texts for note in refused), *found.notes)

@@ -528,6 +528,7 @@ def test_tasks_that_are_not_there(tasks: Path, sample: Path, options) -> None:
         ({"tokens": 100, "windows": "llama.cpp"}, "100 tokens: .* llama.cpp needs 128"),
         ({"chunk": 1025, "tokens": None}, "1024 positions; give --chunk 1024"),
         ({"device": "cuda:77"}, "--device cuda:77"),
+        ({"data": ("prose=2",)}, "--data prose=2: texts are evaluated whole"),
     ],
 )
 def test_options_that_cannot_be(changes: dict, message: str, sample: Path, options) -> None:
