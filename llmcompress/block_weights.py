@@ -8,6 +8,7 @@ any version arrive as its modelling code wants them, and gives them back when th
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,10 @@ from llmcompress.errors import CheckpointError, shown
 from llmcompress.tensor_info import TensorInfo
 
 transformers.utils.logging.disable_progress_bar()  # one would run for every block
+
+# glibc keeps what is freed, in pieces that the next block's tensors do not fit; this gives it back. 24 blocks of 25 MB
+# grew to 330 MB without.
+_TRIM = getattr(ctypes.CDLL(None), "malloc_trim", None)
 
 
 class Readable(Protocol):
@@ -129,6 +134,8 @@ class PartWeights:
         for name, parameter in self._loaded.items():
             self._put(name, parameter)
         self._loaded = {}
+        if _TRIM:
+            _TRIM(0)
 
     def tied(self, parameter: str) -> set[str]:
         """All names of a parameter, its own among them."""
