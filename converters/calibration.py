@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from llmcompress.calibration_state import CalibrationState
 from llmcompress.checkpoint import Checkpoint
 from llmcompress.errors import LlmcompressError
 from llmcompress.gguf.imatrix import scarce_notes
+from llmcompress.hessians import Places, write_index
 from llmcompress.progress import Progress
 from llmcompress.stats import Statistics, TensorStats, statistics_suffix
 from llmcompress.step import Step
@@ -90,6 +91,9 @@ def calibrate_model(
         found = calibrate(lockstep, batches, progress, state, options.save_every)
         statistics = _statistics(entries_of(steps, lockstep, found), checkpoint, lockstep, rows)
         statistics.save(out)
+        if hessian:
+            about = {"datasets": rows.sources, "chunks": len(rows.rows), "model": checkpoint.name}
+            write_index(hessian, places_of(steps, lockstep, found.expected), found.sums, about)
         state.finish()
     notes = (*rows.notes, *found.complaints, *scarce_notes(_counts(statistics)))
     return CalibrationReport(
@@ -144,31 +148,36 @@ def weight_steps(checkpoint: Checkpoint) -> list[Step]:
     return [step for step in steps_of(architecture, checkpoint, tokens)[0] if step.pieces]
 
 
+def places_of(steps: Sequence[Step], lockstep: Lockstep, expected: Mapping[str, int]) -> dict[str, Places]:
+    """For every step whose weights are multiplied with inputs, by name: of each of its matrices, the model's parameter
+    and the matrix in it. `expected` has the stacked matrices of every such parameter."""
+    places = {}
+    for step in steps:
+        targets = [lockstep.weights.targets.get(piece.tensor.name) for piece in step.pieces]
+        if len(step.shape) < 2 or any(not target or target.parameter not in expected for target in targets):
+            continue
+        if len(set(targets)) == 1:  # one weight, or experts that the checkpoint has stacked already
+            name = targets[0].parameter
+            places[step.name] = [(name, matrix) for matrix in range(expected[name])]
+        else:
+            places[step.name] = [(target.parameter, target.matrix) for target in targets]
+    return places
+
+
 def entries_of(steps: Sequence[Step], lockstep: Lockstep, found: Calibration) -> dict[str, TensorStats]:
     """Sums by parameter of the model to sums by tensor of its GGUF, experts in the order of the step.
 
     A weight that got no data has zeros.
     """
+    columns = {step.name: step.columns for step in steps}
     entries = {}
-    for step in steps:
-        targets = [lockstep.weights.targets.get(piece.tensor.name) for piece in step.pieces]
-        if len(step.shape) < 2 or any(
-            not target or target.parameter not in found.expected for target in targets
-        ):
-            continue
-        if len(set(targets)) == 1:  # one weight, or experts that the checkpoint has stacked already
-            entries[step.name] = _sums(found, targets[0].parameter, step.columns)
-        else:
-            parts = [(_sums(found, target.parameter, step.columns), target.matrix) for target in targets]
-            entries[step.name] = TensorStats(
-                np.array([sums.tokens[matrix] for sums, matrix in parts]),
-                np.stack([sums.squares[matrix] for sums, matrix in parts]),
-            )
+    for name, places in places_of(steps, lockstep, found.expected).items():
+        parts = [(found.sums.get(parameter), matrix) for parameter, matrix in places]
+        entries[name] = TensorStats(
+            np.array([sums.tokens[matrix] if sums else 0 for sums, matrix in parts]),
+            np.stack([sums.squares[matrix] if sums else np.zeros(columns[name]) for sums, matrix in parts]),
+        )
     return entries
-
-
-def _sums(found: Calibration, parameter: str, inputs: int) -> TensorStats:
-    return found.sums.get(parameter) or TensorStats.zeros(found.expected[parameter], inputs)
 
 
 def _counts(statistics: Statistics) -> dict[str, np.ndarray]:

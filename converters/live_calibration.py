@@ -9,16 +9,17 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
-from llmcompress.converters.calibration import CalibrationOptions, entries_of, rows_and_model
+from llmcompress.converters.calibration import CalibrationOptions, entries_of, places_of, rows_and_model
 
 from llmcompress.calibrate import Calibration, batches_of, calibrate, expected_of
 from llmcompress.checkpoint import Checkpoint
 from llmcompress.errors import RunError
-from llmcompress.gguf.imatrix import mean_squares, scarce_notes
+from llmcompress.gguf.imatrix import SHRINKAGE_TOKENS, mean_squares, scarce_notes
+from llmcompress.linear_inputs import InputSums
 from llmcompress.progress import Progress
 from llmcompress.sizes import format_size
 from llmcompress.step import Step
@@ -61,7 +62,13 @@ class LiveImportance:
 
     source = Path("calibration")
 
-    def __init__(self, checkpoint: HeldCheckpoint, steps: list[Step], options: CalibrationOptions) -> None:
+    def __init__(
+        self,
+        checkpoint: HeldCheckpoint,
+        steps: list[Step],
+        options: CalibrationOptions,
+        products: bool = False,
+    ) -> None:
         self._checkpoint, self._options = checkpoint, options
         self._rows, self._lockstep = rows_and_model(checkpoint, options)
         self._block_of = {
@@ -79,6 +86,8 @@ class LiveImportance:
         self.datasets, self.chunks = self._rows.sources, len(self._rows.rows)
         self.notes = (*self._rows.notes, *self._memory_note())
         self.complaints: list[str] = []
+        self._kept = _Kept() if products else None
+        self._places = places_of(steps, self._lockstep, blank.expected)
         self.fingerprint = hashlib.sha256(
             f"{self._rows.sha256} {self._lockstep.model.dtype} {options.batch_tokens}".encode()
         ).hexdigest()
@@ -98,12 +107,24 @@ class LiveImportance:
             raise RunError(f"{name}: the calibration was stopped")
         return self.entries[name]
 
+    def products(self, name: str, matrix: int) -> np.ndarray | None:
+        """XᵀX, float32 (inputs, inputs), of a matrix whose `weights` are there; None where too few tokens reached it."""
+        parameter, index = self._places[name][matrix]
+        return self._kept.of(parameter, index)
+
+    def shared(self, name: str, matrix: int) -> tuple[str, int]:
+        """Equal for two matrices that have the same inputs."""
+        return self._places[name][matrix]
+
     def reached(self, stage: int) -> None:
         with self._changed:
             self._reached = max(self._reached, stage)
             self._changed.notify_all()
         over = {name for name in self._checkpoint.index if self._source_stages[name] < stage - AHEAD}
         self._checkpoint.let_go(over)
+        if self._kept:
+            targets = self._lockstep.weights.targets
+            self._kept.let_go({targets[name].parameter for name in over if name in targets})
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
@@ -125,7 +146,12 @@ class LiveImportance:
         try:
             batches = batches_of(self._rows.rows, self._options.batch_tokens)
             found = calibrate(
-                self._lockstep, batches, _Stoppable(self), None, self._rows.tokens, self._block_is_through
+                self._lockstep,
+                batches,
+                _Stoppable(self),
+                self._kept,
+                self._rows.tokens,
+                self._block_is_through,
             )
             self._publish(len(self._lockstep.blocks), found)
             self.complaints = [*found.complaints, *self._scarce(found)]
@@ -168,6 +194,34 @@ class LiveImportance:
         return [
             f"calibrating takes up to {needed} of memory beside --max-ram: blocks of the model, and hidden states"
         ]
+
+
+class _Kept:
+    """Takes the part of a CalibrationState: keeps XᵀX in memory until it is let go."""
+
+    products = True
+
+    def __init__(self) -> None:
+        self._sums: dict[str, InputSums] = {}
+
+    def load(self) -> None:
+        """There is nothing to go on with."""
+
+    def save(self, *sums: object) -> None:
+        """There is nowhere to save to."""
+
+    def add_products(self, group: int, sums: Mapping[str, InputSums]) -> None:
+        self._sums |= sums
+
+    def of(self, parameter: str, matrix: int) -> np.ndarray | None:
+        sums = self._sums.get(parameter)
+        if sums is None or sums.tokens[matrix] < SHRINKAGE_TOKENS:
+            return None
+        return sums.products[matrix].cpu().numpy()
+
+    def let_go(self, parameters: set[str]) -> None:
+        for name in parameters:
+            self._sums.pop(name, None)
 
 
 class _Stoppable(Progress):

@@ -14,6 +14,7 @@ from llmcompress.checkpoint import Checkpoint
 from llmcompress.fallback import MeasuredFallback
 from llmcompress.filetypes import tensor_order
 from llmcompress.gguf.imatrix import read_imatrix
+from llmcompress.hessians import HessianFolder
 from llmcompress.importance import Source
 from llmcompress.mix import ModelTraits
 from llmcompress.plan import Plan, make_plan
@@ -44,7 +45,7 @@ def plan_gguf(model: str | Path, out: str | Path, recipe: Recipe) -> Plan:
         steps,
         recipe,
         out,
-        _traits(architecture, config, has_imatrix=recipe.calibrate or recipe.imatrix is not None),
+        _traits(architecture, config, has_imatrix=bool(recipe.calibrate or recipe.hessian or recipe.imatrix)),
         general | architecture.metadata(config) | vocabulary.metadata(),
         _importance(checkpoint, steps, recipe),
         [*notes, *vocabulary.notes, *more_notes, *card_notes],
@@ -64,11 +65,15 @@ def _open(model: str | Path, recipe: Recipe) -> Checkpoint:
 def _importance(checkpoint: Checkpoint, steps: list[Step], recipe: Recipe) -> Source | None:
     if recipe.imatrix:
         return read_imatrix(Path(recipe.imatrix))
+    if recipe.hessian:
+        return HessianFolder(recipe.hessian)
     if not recipe.calibrate:
         return None
     from llmcompress.converters.live_calibration import CalibrationOptions, LiveImportance
 
-    return LiveImportance(checkpoint, steps, CalibrationOptions(data=recipe.data, tokens=recipe.tokens))
+    return LiveImportance(
+        checkpoint, steps, CalibrationOptions(data=recipe.data, tokens=recipe.tokens), recipe.method == "gptq"
+    )
 
 
 def _traits(architecture: Architecture, config: Config, has_imatrix: bool) -> ModelTraits:

@@ -146,7 +146,7 @@ class _Pass:
         for name, sums in inputs.sums.items():
             add_sums(self.found.sums, name, sums.tokens.numpy(), sums.squares.cpu().numpy())
         if self._products:
-            self.state.add_products(self.number, {name: s.products for name, s in inputs.sums.items()})
+            self.state.add_products(self.number, inputs.sums)
         for name, batch, tokens in inputs.nonfinite:
             self.left_out.setdefault(batch, Counter())[name] += tokens
 

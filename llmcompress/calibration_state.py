@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from llmcompress.errors import LlmcompressError
+from llmcompress.linear_inputs import InputSums
 from llmcompress.stats import TensorStats
 from llmcompress.whole_file import whole_file
 
@@ -68,13 +69,13 @@ class CalibrationState:
             file.write(safetensors.torch.save(tensors, about))
         self._saved = set(sums)
 
-    def add_products(self, group: int, products: Mapping[str, torch.Tensor]) -> None:
+    def add_products(self, group: int, sums: Mapping[str, InputSums]) -> None:
         """Add a group's XᵀX, float32 (matrices, inputs, inputs), to the files of their parameters.
 
         A file that has this group already, because the run was killed behind it, stays as it is. Raises
         LlmcompressError where that of the groups before is gone.
         """
-        for name, value in products.items():
+        for name, of_group in sums.items():
             path = self.products / f"{name}.safetensors"
             held, groups = self._read_products(path) if group else (None, 0)
             if name in self._saved and groups < group:
@@ -84,7 +85,8 @@ class CalibrationState:
                 )
             if groups > group:
                 continue
-            value = value.cpu() if held is None else held.add_(value.cpu())
+            value = of_group.products.cpu()
+            value = value if held is None else held.add_(value)
             about = {"fingerprint": self._fingerprint, "groups": str(group + 1)}
             with whole_file(path) as file:
                 file.write(safetensors.torch.save({"products": value}, about))

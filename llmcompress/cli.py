@@ -75,6 +75,14 @@ Calibrate = Annotated[
 Tokens = Annotated[
     Optional[str], typer.Option("--tokens", metavar="N", help="Tokens to calibrate on.  [default: 256k]")
 ]
+Method = Annotated[
+    Optional[str],
+    typer.Option("--method", metavar="METHOD", help="nearest, or gptq: error feedback.  [default: nearest]"),
+]
+Hessian = Annotated[
+    Optional[str],
+    typer.Option("--hessian", metavar="DIR", help="A folder by calibrate --hessian, for --method gptq."),
+]
 Effort = Annotated[
     Optional[str],
     typer.Option(
@@ -131,7 +139,7 @@ def job(
         model: Model, out: Out = "{name}-{type}.gguf", type: Types = None, tensor_type: TensorTypes = None,
         output_tensor_type: OutputType = None, token_embedding_type: EmbeddingType = None, pure: Pure = False,
         leave_output_tensor: LeaveOutput = False, fallback: Fallback = None, imatrix: Imatrix = None,
-        calibrate: Calibrate = False, data: model_commands.Data = None, tokens: Tokens = None, effort: Effort = None, pre: Pre = None, model_name: Name = None, split_max_size: Split = None,
+        method: Method = None, hessian: Hessian = None, calibrate: Calibrate = False, data: model_commands.Data = None, tokens: Tokens = None, effort: Effort = None, pre: Pre = None, model_name: Name = None, split_max_size: Split = None,
         max_ram: MaxRam = None, threads: Threads = None, verify: Verify = None, recipe: RecipeFile = None,
         as_json: AsJson = False, dry_run: DryRun = False,
     ) -> None:  # fmt: skip
@@ -140,7 +148,7 @@ def job(
             "tensor_types": _pairs(tensor_type) if tensor_type else None, "output_tensor_type": output_tensor_type,
             "token_embedding_type": token_embedding_type, "pure": pure or None,
             "leave_output_tensor": leave_output_tensor or None, "fallback": fallback, "imatrix": imatrix,
-            "calibrate": calibrate or None, "data": data, "tokens": tokens,
+            "method": method, "hessian": hessian, "calibrate": calibrate or None, "data": data, "tokens": tokens,
             "effort": effort, "pre": pre, "name": model_name, "split_max_size": split_max_size, "max_ram": max_ram,
             "threads": threads, "verify": verify,
         }  # fmt: skip
@@ -178,7 +186,7 @@ def _carry_out(model: str, out: str, recipe, as_json: bool, dry: bool) -> None:
     from llmcompress.converters.to_gguf import plan_gguf
     from llmcompress.run import run
 
-    if recipe.calibrate:
+    if recipe.calibrate or recipe.method != "nearest":
         model_commands.patient_threads()
     plan = plan_gguf(model, out, recipe)
     if dry:

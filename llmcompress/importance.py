@@ -5,14 +5,20 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from llmcompress.errors import PlanError
 from llmcompress.step import Slab, Step
+
+if TYPE_CHECKING:
+    from llmcompress.methods.gptq import Solver
+
+SOLVERS_KEPT = 2
 
 
 class Source(Protocol):
@@ -63,7 +69,10 @@ class Importance(Mapping[str, np.ndarray]):
             if step.name in held
         }
         self.live: Live | None = source if hasattr(source, "running") else None
+        self.rungs: dict[tuple[str, int], str] = {}  # how GPTQ's linear algebra went, by tensor and matrix
         self._weights = functools.lru_cache(maxsize=8)(self._compute)
+        self._solvers: dict[tuple[str, int], Solver | None] = {}
+        self._solving = threading.Lock()
         if source and not self._sizes:
             raise PlanError(f"{source.source}: none of its {len(held)} entries names a tensor of this model")
 
@@ -78,6 +87,23 @@ class Importance(Mapping[str, np.ndarray]):
 
     def __contains__(self, name: object) -> bool:
         return name in self._sizes
+
+    def solver(self, name: str, matrix: int) -> Solver | None:
+        """What GPTQ needs for one matrix of a tensor; None where there is too little data for it.
+
+        Computed once for all that share their inputs, and the latest two kept."""
+        from llmcompress.methods.gptq import Solver
+
+        key = self._source.shared(name, matrix)
+        with self._solving:
+            if key not in self._solvers:
+                products = self._source.products(name, matrix)
+                while len(self._solvers) >= SOLVERS_KEPT:
+                    del self._solvers[next(iter(self._solvers))]
+                self._solvers[key] = None if products is None else Solver.of(products)
+            solver = self._solvers[key]
+        self.rungs[name, matrix] = solver.rung if solver else "rounded to nearest: too few tokens"
+        return solver
 
     def check(self) -> None:
         """Look at every entry of a file. Raises GGUFError for one of another size or damaged."""

@@ -80,10 +80,10 @@ def typed_metadata(
     """The metadata with the recipe of this one file, and the keys llama-quantize appends for a file type and
     its importance matrix."""
     typed = dict(metadata)
-    imatrix_name = Path(recipe.imatrix).name if recipe.imatrix else None  # where it lay is nobody's business
-    typed["llmcompress.recipe"] = string(
-        replace(recipe, types=(file_type.name,), imatrix=imatrix_name).as_json()
-    )
+    names = {  # where they lay is nobody's business
+        field: Path(given).name for field in ("imatrix", "hessian") if (given := getattr(recipe, field))
+    }
+    typed["llmcompress.recipe"] = string(replace(recipe, types=(file_type.name,), **names).as_json())
     typed["general.quantization_version"] = u32(2)
     typed["general.file_type"] = u32(file_type.id)
     if imatrix is not None:

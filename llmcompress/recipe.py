@@ -14,6 +14,7 @@ from typing import Any
 from llmcompress.errors import RecipeError, nearest
 from llmcompress.filetypes import TypeOverrides, find_file_type
 from llmcompress.grids.effort import check_effort
+from llmcompress.methods import METHODS
 from llmcompress.sizes import parse_count, parse_size
 
 VERIFY = ("off", "sample", "full")
@@ -33,6 +34,8 @@ class Recipe:
     leave_output_tensor: bool = False
     fallback: str = "llama.cpp"  # types for rows that do not divide: its own, or "best" by measure
     imatrix: str | None = None
+    method: str = "nearest"  # what chooses the codes: rounding to nearest, or gptq
+    hessian: str | None = None  # a folder of XᵀX by `calibrate --hessian`, for gptq
     calibrate: bool = False  # make the importance while quantizing, from `data`
     data: tuple[str, ...] = ("default",)  # texts to calibrate on
     tokens: int = 2**18  # of them
@@ -58,10 +61,17 @@ class Recipe:
             hint = nearest(self.fallback, FALLBACKS)
             raise RecipeError(f"fallback: {self.fallback!r} is none of {', '.join(FALLBACKS)}{hint}")
         check_effort(self.effort)
-        if self.calibrate and self.imatrix:
+        if self.method not in METHODS:
             raise RecipeError(
-                f"calibrate: there is an importance matrix already, {self.imatrix}; leave one out"
+                f"method: {self.method!r} is none of {', '.join(METHODS)}{nearest(self.method, METHODS)}"
             )
+        if self.method == "gptq" and not (self.hessian or self.calibrate):
+            raise RecipeError(
+                "method: gptq needs to see inputs: add --calibrate, or --hessian with a calibrated folder"
+            )
+        given = [name for name in ("imatrix", "hessian", "calibrate") if getattr(self, name)]
+        if len(given) > 1:
+            raise RecipeError(f"{given[0]} and {given[1]}: each gives the importance; leave one out")
         if self.threads is not None and self.threads < 1:
             raise RecipeError(f"threads: {self.threads} is less than 1")
 

@@ -14,6 +14,7 @@ from contextlib import closing
 from dataclasses import astuple
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -29,6 +30,9 @@ from llmcompress.report import Result, make_result
 from llmcompress.slab import read_slab
 from llmcompress.step import Slab, Step
 from llmcompress.verify import Fidelity, verify
+
+if TYPE_CHECKING:
+    from llmcompress.methods.gptq import Solver
 
 COMMIT_SECONDS = 2.0  # a kill loses at most the slabs of this long
 
@@ -192,10 +196,14 @@ def _do_slab(
     if index in journal.done and journal.done[index] == _sums_there(parts, places, step, slab):
         return slab, {}
     importance, effort = _importance(plan, step, slab), plan.recipe.effort  # may wait for its calibration
+    solver = _solver(plan, step, slab)
     weights = read_slab(plan.checkpoint, step, slab)
     sums = tuple(
         parts.write(
-            number, place, _position(step, slab, place), weights.encoded(place.grid, importance, effort)
+            number,
+            place,
+            _position(step, slab, place),
+            weights.encoded(place.grid, importance, effort, solver),
         )
         for number, place in places
     )
@@ -216,7 +224,18 @@ def _position(step: Step, slab: Slab, place: Placement) -> int:
 def _importance(plan: Plan, step: Step, slab: Slab) -> np.ndarray | None:
     """Importance `(columns,)` of the matrix a slab lies in."""
     entry = plan.importance.get(step.name)
-    return None if entry is None else entry[slab.first // step.shape[-2] if len(step.shape) > 2 else 0]
+    return None if entry is None else entry[_matrix(step, slab)]
+
+
+def _solver(plan: Plan, step: Step, slab: Slab) -> Solver | None:
+    if plan.recipe.method != "gptq" or step.name not in plan.importance:
+        return None
+    return plan.importance.solver(step.name, _matrix(step, slab))
+
+
+def _matrix(step: Step, slab: Slab) -> int:
+    """Which of a step's stacked matrices a slab lies in."""
+    return slab.first // step.shape[-2] if len(step.shape) > 2 else 0
 
 
 def _write(descriptor: int, data: memoryview, position: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -12,6 +13,9 @@ from llmcompress.errors import RunError
 from llmcompress.grids.floats import count_saturated, first_nonfinite, to_float32
 from llmcompress.grids.grid import Grid
 from llmcompress.step import Piece, Slab, Step
+
+if TYPE_CHECKING:
+    from llmcompress.methods.gptq import Solver
 
 LARGEST = {"F16": 65504.0, "BF16": 3.3895314e38}
 _CHUNK = 2**20  # bytes of a source read at a time where its columns become rows
@@ -32,8 +36,12 @@ class Weights:
         compute = self.step.operation.compute
         return compute(values) if compute else values
 
-    def encoded(self, grid: Grid, importance: np.ndarray | None, effort: str = "normal") -> np.ndarray:
-        """uint8 `(rows, row_bytes)`; the checkpoint's own bytes where the type does not change."""
+    def encoded(
+        self, grid: Grid, importance: np.ndarray | None, effort: str = "normal", solver: Solver | None = None
+    ) -> np.ndarray:
+        """uint8 `(rows, row_bytes)`; the checkpoint's own bytes where the type does not change.
+
+        With a solver by GPTQ, else rounded to nearest."""
         if grid.name == self.dtype and self.step.operation.compute is None:
             return self.raw.view(np.uint8)
         too_large = count_saturated(self.float32, grid.name) if grid.name in LARGEST else 0
@@ -42,6 +50,10 @@ class Weights:
                 f"{self.step.name}: {too_large} weights, up to {np.abs(self.float32).max():.6g}, are beyond the largest "
                 f"{grid.name}, {LARGEST[grid.name]:.6g}; use {'BF16 or ' if grid.name == 'F16' else ''}F32"
             )
+        if solver:
+            from llmcompress.methods import gptq
+
+            return gptq.quantize(self.float32, grid, solver, effort)
         return grid.quantize(self.float32, importance, effort)
 
 

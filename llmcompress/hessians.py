@@ -1,0 +1,121 @@
+"""XᵀX of a model's weights, by their GGUF names: a folder that `calibrate --hessian` fills and GPTQ reads.
+
+`index.json` says for each weight which file has the sums of each of its matrices, and of how many tokens they are.
+Weights with the same inputs (q, k and v; gate and up) share a file.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from llmcompress.errors import LlmcompressError, shown
+from llmcompress.gguf.imatrix import SHRINKAGE_TOKENS, mean_squares
+from llmcompress.json_object import read_object
+from llmcompress.stats import TensorStats
+from llmcompress.whole_file import whole_file
+
+INDEX = "index.json"
+Places = list[tuple[str, int]]  # of each matrix of a weight: a parameter of the model, and a matrix of it
+
+
+def write_index(
+    folder: Path, places: Mapping[str, Places], sums: Mapping[str, TensorStats], about: Mapping[str, Any]
+) -> None:
+    """Describe the files `<parameter>.safetensors` of a folder, and remove those that are copies of others.
+
+    places: by GGUF name. sums: Σx² and tokens by parameter, for those that got any.
+    """
+    files: dict[bytes, str] = {}
+    file_of = {}
+    for name in sorted(sums):
+        same_inputs = sums[name].tokens.tobytes() + sums[name].squares.tobytes()
+        file_of[name] = files.setdefault(same_inputs, name)
+    weights = {
+        name: [
+            {"file": f"{file_of[parameter]}.safetensors", "matrix": matrix, "tokens": int(sums[parameter].tokens[matrix])}
+            for parameter, matrix in where
+        ]
+        for name, where in places.items()
+        if all(parameter in sums for parameter, _ in where)
+    }  # fmt: skip
+    with whole_file(folder / INDEX) as file:
+        file.write(json.dumps({**about, "weights": weights}, indent=1).encode())
+    for name, kept in file_of.items():
+        if name != kept:
+            (folder / f"{name}.safetensors").unlink(missing_ok=True)
+
+
+class HessianFolder:
+    """A folder of XᵀX as a source of importance (see importance.py) that has `products` too.
+
+    Raises LlmcompressError for a folder that is none, or damaged.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.source = Path(folder)
+        if not (self.source / INDEX).is_file():
+            raise LlmcompressError(
+                f"{folder}: has no {INDEX}; make the folder with `llmcompress calibrate MODEL --hessian {folder}`"
+            )
+        held = read_object(self.source / INDEX)
+        self.entries: dict[str, list[dict[str, Any]]] = held.get("weights")
+        if not isinstance(self.entries, dict) or not all(map(_is_places, self.entries.values())):
+            raise LlmcompressError(f"{self.source / INDEX}: is damaged; calibrate again")
+        self.datasets, self.chunks = tuple(held.get("datasets", ())), held.get("chunks")
+        few = [name for name, places in self.entries.items() if _fewest(places) < SHRINKAGE_TOKENS]
+        self.notes = tuple(
+            f"{name}: experts with fewer than {SHRINKAGE_TOKENS} tokens are rounded to nearest"
+            for name in few
+        )
+        self._lock = threading.Lock()
+
+    def weights(self, name: str, matrices: int, inputs: int) -> np.ndarray:
+        """Mean squared inputs, float32 (matrices, inputs): the diagonals of the sums over their tokens."""
+        places = self.entries[name]
+        squares = np.stack([np.diagonal(self._read(place)) for place in places])
+        if squares.shape != (matrices, inputs):
+            held = (
+                f"is for {squares.shape[0]} x {squares.shape[1]} inputs, the weight has {matrices} x {inputs}"
+            )
+            raise LlmcompressError(f"{self.source}: {shown(name)} {held}; it was made from another model")
+        return mean_squares(np.array([place["tokens"] for place in places]), squares)
+
+    def products(self, name: str, matrix: int) -> np.ndarray | None:
+        """XᵀX, float32 (inputs, inputs), of one matrix of a weight; None where too few tokens reached it."""
+        place = self.entries[name][matrix]
+        return None if place["tokens"] < SHRINKAGE_TOKENS else self._read(place)
+
+    def shared(self, name: str, matrix: int) -> tuple[str, int]:
+        """Equal for two matrices that have the same inputs."""
+        place = self.entries[name][matrix]
+        return place["file"], place["matrix"]
+
+    def _read(self, place: Mapping[str, Any]) -> np.ndarray:
+        path = self.source / place["file"]
+        try:
+            with safe_open(path, "np") as file:
+                sums = file.get_slice("products")[place["matrix"]]
+        except (SafetensorError, OSError, IndexError) as error:
+            raise LlmcompressError(f"{path}: cannot be read ({error}); calibrate again") from None
+        if sums.ndim != 2 or sums.shape[0] != sums.shape[1] or not np.isfinite(sums).all():
+            raise LlmcompressError(f"{path}: holds no sums of products; calibrate again")
+        return sums
+
+
+def _is_places(places: object) -> bool:
+    return isinstance(places, list) and bool(places) and all(
+        isinstance(place, dict) and isinstance(place.get("file"), str) and Path(place["file"]).name == place["file"]
+        and isinstance(place.get("matrix"), int) and isinstance(place.get("tokens"), int)
+        for place in places
+    )  # fmt: skip
+
+
+def _fewest(places: list[dict[str, Any]]) -> int:
+    return min(place["tokens"] for place in places)

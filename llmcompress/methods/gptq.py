@@ -1,0 +1,196 @@
+"""GPTQ: round a column, and let the columns that follow make up for its error (Frantar et al., arXiv:2210.17323).
+
+The error is measured on the inputs the weight will see: e H eᵀ for a row's rounding error e, H = XᵀX. Here the scales of a
+block are fitted on the weights as the columns before it left them, weighed by the diagonal of H as an importance
+matrix; then codes go column by column; then all codes of a row are gone through again, each moved to where it is best
+given all others, until none moves (coordinate descent, as in QuantEase, arXiv:2309.01885). A row is taken only if
+its error is below that of rounding to nearest.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from llmcompress.grids.code_bits import CODE_BITS, get_codes, lattice_of, levels_of, put_codes
+from llmcompress.grids.compiled import compiled
+from llmcompress.grids.grid import Grid
+
+WIDTH = 256  # columns whose codes are chosen before the rest hears of their errors: a multiple of every block
+DAMPING = 0.01  # of the mean of H's diagonal; doubled while H is not positive definite
+LARGEST_DAMPING = 1.0
+FLOOR = 1e-6  # of the largest diagonal element
+ROUNDS = {"fast": 0, "normal": 8, "best": 32}  # of coordinate descent at most
+
+
+@dataclass(frozen=True)
+class Solver:
+    """H and what error feedback needs of it, both float32 (columns, columns).
+
+    hessian: XᵀX. factor: upper triangular U with UᵀU = (H + damping)⁻¹; None where no damping made H positive
+    definite. rung: what it took, in words. Dead columns, which no input reached, stand alone: they are rounded to
+    nearest.
+    """
+
+    hessian: np.ndarray
+    factor: np.ndarray | None
+    rung: str
+
+    @classmethod
+    def of(cls, products: np.ndarray) -> Solver:
+        """From XᵀX, float32 (columns, columns), of any number of tokens."""
+        hessian = torch.from_numpy(np.array(products, np.float32))
+        dead = hessian.diagonal() <= 0
+        hessian[dead, :] = 0
+        hessian[:, dead] = 0
+        hessian.diagonal()[dead] = 1
+        factor, rung = _factor(hessian)
+        return cls(hessian.numpy(), None if factor is None else factor.numpy(), rung)
+
+    @property
+    def importance(self) -> np.ndarray:
+        """float32 (columns,): the diagonal of H, what an importance matrix holds."""
+        return np.ascontiguousarray(self.hessian.diagonal())
+
+
+def supports(grid: Grid) -> bool:
+    """Whether a grid's codes can be chosen one by one."""
+    return grid.name in CODE_BITS
+
+
+def quantize(weights: np.ndarray, grid: Grid, solver: Solver, effort: str = "normal") -> np.ndarray:
+    """Round float32 (rows, columns) to `grid`; returns uint8 (rows, row_bytes).
+
+    No row has a larger error e H eᵀ than rounded to nearest with the importance diag(H).
+    """
+    nearest = grid.quantize(weights, solver.importance, effort)
+    if solver.factor is None or not supports(grid):
+        return nearest
+    fed = _feed_errors(weights, grid, solver, effort)
+    best = _descend(weights, grid, fed, solver, ROUNDS[effort])
+    worse = _errors(weights, grid, best, solver) > _errors(weights, grid, nearest, solver)
+    best[worse] = nearest[worse]
+    return best
+
+
+def _factor(hessian: torch.Tensor) -> tuple[torch.Tensor | None, str]:
+    """The upper factor of the inverse of H, and how far up the ladder it was found."""
+    mean, largest = hessian.diagonal().mean(), hessian.diagonal().max()
+    damping = DAMPING
+    while damping <= LARGEST_DAMPING:
+        factor = _inverse_factor(hessian, damping * mean)
+        if factor is not None:
+            return factor, f"damping {damping:g}"
+        damping *= 2
+    factor = _inverse_factor(hessian, LARGEST_DAMPING * mean + FLOOR * largest)
+    if factor is not None:
+        return factor, "a floor under the diagonal"
+    factor = _inverse_factor(hessian.double(), DAMPING * mean.double())
+    if factor is not None:
+        return factor.float(), "float64"
+    return None, "rounded to nearest: H has no Cholesky factor"
+
+
+def _inverse_factor(hessian: torch.Tensor, added: torch.Tensor) -> torch.Tensor | None:
+    """Upper U with UᵀU = (H + added I)⁻¹: from H = R Rᵀ, R upper, U is R⁻¹. R is H's Cholesky factor from the end."""
+    damped = hessian.clone()
+    damped.diagonal().add_(added)
+    lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+    if failed or not torch.isfinite(lower).all():
+        return None
+    upper = lower.flip(0, 1)
+    inverse = torch.linalg.solve_triangular(upper, torch.eye(len(upper), dtype=upper.dtype), upper=True)
+    return inverse if torch.isfinite(inverse).all() else None
+
+
+def _feed_errors(weights: np.ndarray, grid: Grid, solver: Solver, effort: str) -> np.ndarray:
+    """GPTQ's sweep over the columns; returns encoded rows."""
+    left = weights.copy()  # the weights, less what the errors so far ask of them
+    levels, uniform = levels_of(grid), _uniform(grid)
+    encoded = []
+    for first in range(0, weights.shape[1], WIDTH):
+        block = slice(first, first + WIDTH)
+        data = grid.quantize(left[:, block], solver.importance[block], effort)
+        scale, offset = lattice_of(grid, data)
+        codes, errors = np.empty(scale.shape, np.uint8), np.empty(scale.shape, np.float32)
+        factor = np.ascontiguousarray(solver.factor[block, block])
+        _sweep(np.ascontiguousarray(left[:, block]), scale, offset, levels, uniform, factor, codes, errors)
+        encoded.append(put_codes(grid, data, codes))
+        left[:, block.stop :] -= _product(errors, solver.factor[block, block.stop :])
+    return np.concatenate(encoded, axis=1)
+
+
+def _descend(weights: np.ndarray, grid: Grid, data: np.ndarray, solver: Solver, rounds: int) -> np.ndarray:
+    """Codes moved one at a time to where the row's error is least, the scales of `data` fixed."""
+    pull = _product(weights - grid.dequantize(data), solver.hessian)  # e H, (rows, columns)
+    scale, offset = lattice_of(grid, data)
+    codes = get_codes(grid, data)
+    order = np.argsort(-solver.hessian.diagonal(), kind="stable")
+    _move_codes(pull, solver.hessian, codes, scale, offset, levels_of(grid), _uniform(grid), order, rounds)
+    return put_codes(grid, data, codes)
+
+
+def _errors(weights: np.ndarray, grid: Grid, data: np.ndarray, solver: Solver) -> np.ndarray:
+    """e H eᵀ of every row."""
+    errors = weights - grid.dequantize(data)
+    return (_product(errors, solver.hessian) * errors).sum(1)
+
+
+def _product(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    return (torch.from_numpy(np.ascontiguousarray(a)) @ torch.from_numpy(np.ascontiguousarray(b))).numpy()
+
+
+def _uniform(grid: Grid) -> bool:
+    return not grid.name.startswith("IQ4")
+
+
+@compiled(inline="always")
+def _nearest_code(weight, scale, offset, levels, uniform):
+    if scale == 0:
+        return 0
+    at = (weight - offset) / scale
+    if uniform:
+        return min(max(int(math.floor(at + np.float32(0.5))), 0), len(levels) - 1)
+    code = 0
+    while code < len(levels) - 1 and at > np.float32(0.5) * (levels[code] + levels[code + 1]):
+        code += 1
+    return code
+
+
+@compiled(fastmath=True)
+def _sweep(left, scale, offset, levels, uniform, factor, codes, errors):
+    """Codes and scaled errors of a block of columns; `left` is used up."""
+    rows, columns = left.shape
+    for row in range(rows):
+        for j in range(columns):
+            code = _nearest_code(left[row, j], scale[row, j], offset[row, j], levels, uniform)
+            error = (left[row, j] - (offset[row, j] + scale[row, j] * levels[code])) / factor[j, j]
+            codes[row, j], errors[row, j] = code, error
+            for i in range(j, columns):
+                left[row, i] -= error * factor[j, i]
+
+
+@compiled(fastmath=True)
+def _move_codes(pull, hessian, codes, scale, offset, levels, uniform, order, rounds):
+    """`pull` is e H. Moving weight j by x changes the row's error by x² Hjj - 2 x pull[j]: best at pull[j] / Hjj."""
+    rows, columns = pull.shape
+    for row in range(rows):
+        for _ in range(rounds):
+            moved = False
+            for j in order:
+                step, old = scale[row, j], codes[row, j]
+                value = offset[row, j] + step * levels[old]
+                code = _nearest_code(
+                    value + pull[row, j] / hessian[j, j], step, offset[row, j], levels, uniform
+                )
+                if step != 0 and code != old:
+                    change = step * (levels[code] - levels[old])
+                    codes[row, j] = code
+                    moved = True
+                    for i in range(columns):
+                        pull[row, i] -= change * hessian[j, i]
+            if not moved:
+                break
