@@ -19,7 +19,7 @@ from numba.extending import register_jitable
 
 from llmcompress.grids.compiled import compiled
 from llmcompress.grids.effort import EFFORTS, search_at
-from llmcompress.grids.grid import Grid
+from llmcompress.grids.grid import Grid, Quantizer
 from llmcompress.grids.lanes import (
     WIDTH,
     absolute,
@@ -36,7 +36,7 @@ from llmcompress.grids.transpose import from_lanes, to_lanes
 # Numba's disk cache looks for changes only in the file a kernel stands in. Held in the closure of every
 # kernel, this makes it look at the files of the functions called from there as well.
 _FILES = sorted(Path(__file__).parent.glob("*.py"))
-_SOURCES = hashlib.sha256(b"".join(file.read_bytes() for file in _FILES)).digest()
+SOURCES = hashlib.sha256(b"".join(file.read_bytes() for file in _FILES)).digest()
 
 
 def searched_grid(
@@ -49,20 +49,30 @@ def searched_grid(
     encode: Callable,
     decode: Callable,
     candidates: tuple[np.ndarray, ...] = (),
-    plain_candidates: tuple[np.ndarray, ...] = (),
+    plain: Quantizer | None = None,
 ) -> Grid:
     """The grid made of these functions; see `compile_quantizer` and `compile_dequantizer`.
 
     With `candidates` there is a kernel for each effort, and `encode` takes what `search_at` makes of them as
-    one more argument. `plain_candidates` are those without importance, unless effort is "best".
+    one more argument. `plain` is another kernel, for weights without importance, unless effort is "best".
     """
     quantizers = {}
     for effort in EFFORTS if candidates else ("normal",):
-        few = candidates if effort == "best" else plain_candidates or candidates
-        searches = [(search_at(effort, tops),) if tops else () for tops in (candidates, few)]
-        quantizers[effort] = compile_quantizer(block, block_bytes, weigh, weigh_plain, encode, *searches)
+        search = (search_at(effort, candidates),) if candidates else ()
+        kernel = compile_quantizer(block, block_bytes, weigh, weigh_plain, encode, search)
+        quantizers[effort] = by_importance(plain, kernel) if plain and effort != "best" else kernel
     dequantize = compile_dequantizer(block, block_bytes, decode)
     return Grid(name, ggml_type, block, block_bytes, quantizers["normal"], dequantize, quantizers)
+
+
+def by_importance(without: Quantizer, given: Quantizer) -> Quantizer:
+    """The kernel that uses one of two, of which only those used are compiled."""
+
+    def quantize(weights: np.ndarray, importance: np.ndarray | None, out: np.ndarray) -> None:
+        kernel = without if importance is None else given
+        kernel(weights, importance, out)
+
+    return quantize
 
 
 def compile_quantizer(
@@ -72,16 +82,14 @@ def compile_quantizer(
     weigh_plain: Callable,
     encode: Callable,
     search: tuple,
-    plain_search: tuple,
-) -> Callable:
+) -> Quantizer:
     """The quantize kernel of a format, as `Grid` wants it; compiled when first called, then kept on disk.
 
     `weigh(x, w, row_energy)` finds the importance of each weight in `w`, its mean over the row being
     1, and makes it the weight of its error; `row_energy` is the mean square of the whole row, in units
-    of x^2. `weigh_plain(x, w)` does without importance. `search` and `plain_search`
-    hold what else `encode` takes.
+    of x^2. `weigh_plain(x, w)` does without importance. `search` holds what else `encode` takes.
     """
-    sources = _SOURCES
+    sources = SOURCES
 
     @compiled(error_model="numpy")
     def quantize(weights, importance, out):
@@ -101,23 +109,22 @@ def compile_quantizer(
             unit = normalize(x, block)
             if importance is None:
                 weigh_plain(x, w)
-                encode(x, w, unit, parts, packed, *plain_search)
             else:
                 energy = minimum(lane_energies(energies, source, columns, w) / unit / unit, 1e30)
                 gather(relative, source, w, block)
                 weigh(x, w, energy)
-                encode(x, w, unit, parts, packed, *search)
+            encode(x, w, unit, parts, packed, *search)
             scatter(flat_out, target, packed, block_bytes)
 
     return quantize
 
 
-def compile_plain_quantizer(block_bytes: int, encode: Callable) -> Callable:
+def compile_plain_quantizer(block_bytes: int, encode: Callable) -> Quantizer:
     """The quantize kernel of a format without a search: `encode(weights, number, data)`.
 
     It writes block `number` of flat float32 `weights` as `block_bytes` bytes of uint8 `data`.
     """
-    sources = _SOURCES
+    sources = SOURCES
 
     @compiled(error_model="numpy")
     def quantize(weights, importance, out):
@@ -131,7 +138,7 @@ def compile_plain_quantizer(block_bytes: int, encode: Callable) -> Callable:
 
 def compile_dequantizer(block: int, block_bytes: int, decode: Callable) -> Callable:
     """The dequantize kernel of a format: `decode(data, values)` for uint8 and float32 of one block."""
-    sources = _SOURCES
+    sources = SOURCES
 
     @compiled(error_model="numpy")
     def dequantize(data, out):
