@@ -49,17 +49,20 @@ def searched_grid(
     encode: Callable,
     decode: Callable,
     candidates: tuple[np.ndarray, ...] = (),
+    plain_candidates: tuple[np.ndarray, ...] = (),
     plain: Quantizer | None = None,
 ) -> Grid:
     """The grid made of these functions; see `compile_quantizer` and `compile_dequantizer`.
 
     With `candidates` there is a kernel for each effort, and `encode` takes what `search_at` makes of them as
-    one more argument. `plain` is another kernel, for weights without importance, unless effort is "best".
+    one more argument. For weights without importance, unless effort is "best", there may be other candidates,
+    `plain_candidates`, or another kernel, `plain`.
     """
     quantizers = {}
     for effort in EFFORTS if candidates else ("normal",):
-        search = (search_at(effort, candidates),) if candidates else ()
-        kernel = compile_quantizer(block, block_bytes, weigh, weigh_plain, encode, search)
+        few = candidates if effort == "best" else plain_candidates or candidates
+        searches = [(search_at(effort, tops),) if tops else () for tops in (candidates, few)]
+        kernel = compile_quantizer(block, block_bytes, weigh, weigh_plain, encode, *searches)
         quantizers[effort] = by_importance(plain, kernel) if plain and effort != "best" else kernel
     dequantize = compile_dequantizer(block, block_bytes, decode)
     return Grid(name, ggml_type, block, block_bytes, quantizers["normal"], dequantize, quantizers)
@@ -82,12 +85,14 @@ def compile_quantizer(
     weigh_plain: Callable,
     encode: Callable,
     search: tuple,
+    plain_search: tuple,
 ) -> Quantizer:
     """The quantize kernel of a format, as `Grid` wants it; compiled when first called, then kept on disk.
 
     `weigh(x, w, row_energy)` finds the importance of each weight in `w`, its mean over the row being
     1, and makes it the weight of its error; `row_energy` is the mean square of the whole row, in units
-    of x^2. `weigh_plain(x, w)` does without importance. `search` holds what else `encode` takes.
+    of x^2. `weigh_plain(x, w)` does without importance. `search` and `plain_search`
+    hold what else `encode` takes.
     """
     sources = SOURCES
 
@@ -109,11 +114,12 @@ def compile_quantizer(
             unit = normalize(x, block)
             if importance is None:
                 weigh_plain(x, w)
+                encode(x, w, unit, parts, packed, *plain_search)
             else:
                 energy = minimum(lane_energies(energies, source, columns, w) / unit / unit, 1e30)
                 gather(relative, source, w, block)
                 weigh(x, w, energy)
-            encode(x, w, unit, parts, packed, *search)
+                encode(x, w, unit, parts, packed, *search)
             scatter(flat_out, target, packed, block_bytes)
 
     return quantize

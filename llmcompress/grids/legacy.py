@@ -203,7 +203,7 @@ def decode_q8_0(data, values):
 def _grid(name, ggml_type, block_bytes, encode, decode, candidates, bits, with_base) -> Grid:
     plain = compile_range_quantizer(block_bytes, bits, with_base)
     sizes = (ggml_type, BLOCK, block_bytes)
-    return searched_grid(name, *sizes, weigh, weigh_plain, encode, decode, (candidates,), plain)
+    return searched_grid(name, *sizes, weigh, weigh_plain, encode, decode, (candidates,), plain=plain)
 
 
 Q4_0 = _grid("Q4_0", 2, 18, encode_q4_0, decode_q4_0, TOPS_4, bits=4, with_base=False)

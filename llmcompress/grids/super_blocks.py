@@ -109,7 +109,7 @@ def fit_scaled_parts(x, w, unit, parts, size, low, high, least, most, search):
     d, _ = fit_scaled(scales, weights, 0, count, least, most, scale_tops, 1)
     d = round_to_half(d * unit)
     round_scales(scales, count, d / unit, least, most)
-    for _ in range(rounds + 1):
+    for _ in range(max(rounds, 1)):
         d = refine_scaled_parts(x, w, scales, size, low, high, least, most, d / unit)
         d = round_to_half(d * unit)
     return d
