@@ -14,11 +14,18 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
 
 from llmcompress.grids.block_loop import SOURCES
 from llmcompress.grids.compiled import compiled
 from llmcompress.grids.lanes import (
+    _FLOATS,
     WIDTH,
+    _element,
+    _index,
     absolute,
     fma,
     half_bits,
@@ -50,6 +57,21 @@ CHUNK = 4 * WIDTH  # blocks fitted before they are rounded, so that the fits ove
 # How far, in steps, the extreme weight lies beyond the first code of a grid without a base.
 OVERHANG = 0.2
 TINY = 2.0**-120  # steps below have no finite inverse that helps, and are 0 as float16
+
+
+@intrinsic
+def prefetch(typing_context, array, i):
+    """Ask for lanes number `i` of a float32 array, which may lie beyond its end, to be fetched from memory."""
+
+    def lower(context, builder, sig, args):
+        place = _element(context, builder, sig.args[0], args[0], builder.mul(args[1], _index(WIDTH)), _FLOATS)
+        byte, number = ir.IntType(8).as_pointer(), ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [byte, number, number, number])
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        builder.call(function, [builder.bitcast(place, byte), *(number(flag) for flag in (0, 3, 1))])
+        return context.get_dummy_value()
+
+    return types.void(array, types.int64), lower
 
 
 @inlined
@@ -149,6 +171,8 @@ def compile_range_quantizer(block_bytes: int, bits: int, with_base: bool) -> Cal
                 if with_base:
                     store_word(data, i + 2, np.int32(bases[k]))
                 codes = i + 4 if with_base else i + 2
+                prefetch(flat, 2 * (first + k + CHUNK))
+                prefetch(flat, 2 * (first + k + CHUNK) + 1)
                 encode_block(flat, first + k, inverses[k], offsets[k], count, data, codes)
         if blocks < CHUNK:
             out.reshape(-1)[:] = data[: out.size]
