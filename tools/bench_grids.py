@@ -2,6 +2,7 @@
 
     python tools/bench_grids.py
     python tools/bench_grids.py --formats Q4_K Q6_K --rows 16 --markdown
+    python tools/bench_grids.py --optimum --rows 8
 
 Both sides run on one thread, in turns; times are medians of five, of that thread. Cases are normal weights,
 Student-t weights of 4 degrees, and the matrices of a small trained model, each with and without importance.
@@ -9,7 +10,8 @@ Speed is given for each case, error as our weighted squared error over ggml's (t
 one matrix, or the mean and the worst of many. A format passes where the least of its speeds and the
 worst of its errors meet the bars. Where the speed does not, weights that no cache holds are quantized in turns
 with a pass that only reads them and writes as many bytes: the verdict says what memory allows, and a
-format whose bar is "or memory bandwidth" passes from 80 % of that. ggml is the one in the xllamacpp wheel (tests/llama_cpp.py).
+format whose bar is "or memory bandwidth" passes from 80 % of that. `--optimum` tells, for grids without a
+base, what error no search can go below (tests/optimum.py). ggml is the one in the xllamacpp wheel (tests/llama_cpp.py).
 """
 
 from __future__ import annotations
@@ -35,7 +37,8 @@ from llmcompress.safetensors_header import read_header
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 from llama_cpp import Ggml  # noqa: E402
-from objectives import NEEDS_IMPORTANCE, weighted_error  # noqa: E402
+from objectives import NEEDS_IMPORTANCE, error_weights, weighted_error  # noqa: E402
+from optimum import least_errors  # noqa: E402
 
 SAMPLE = ROOT / "examples/sample-llama-6m/model.safetensors"
 COLUMNS = 4096
@@ -50,6 +53,10 @@ BARS = {  # throughput and error against ggml's
     **dict.fromkeys(["IQ3_XXS", "IQ3_S", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ1_S", "IQ1_M"], (10, 1.0)),
     **dict.fromkeys(OR_MEMORY, (3, 1.0)),
 }
+
+
+# Weights under one scale, and the codes. The scales of Q3_K are free here, which bounds what its grid can do.
+WITHOUT_BASE = {"Q4_0": (32, -8, 7), "Q5_0": (32, -16, 15), "Q3_K": (16, -4, 3)}
 
 
 @dataclass(frozen=True)
@@ -198,9 +205,31 @@ def print_row(columns: list[str], markdown: bool) -> None:
         print(" ".join(text.ljust(width) for text, width in zip(columns, widths)).rstrip(), flush=True)
 
 
+def print_optimum(ggml: Ggml, chosen: list[Case], effort: str) -> None:
+    """The least error there is with importance, and ours, over ggml's: mean and range over matrices."""
+    for name, (size, low, high) in WITHOUT_BASE.items():
+        grid = find_grid(name)
+        for case in chosen:
+            least, found = [], []
+            for x in case.matrices:
+                vector = importance_of(x)
+                weights = error_weights(name, x, vector).reshape(-1, size)
+                ours, theirs = grid.quantize(x, vector, effort), ggml.quantize(x, grid.ggml_type, vector)
+                our, their = (
+                    weighted_error(name, x, grid.dequantize(data), vector) for data in (ours, theirs)
+                )
+                least.append(least_errors(x.reshape(-1, size), weights, low, high).sum() / their)
+                found.append(our / their)
+            shown = [f"{mean(part):.4f} ({min(part):.4f} to {max(part):.4f})" for part in (least, found)]
+            print(f"{name:6} {case.name:14} least possible {shown[0]}, {effort} {shown[1]}", flush=True)
+
+
 def main() -> None:
     arguments = parsed()
     ggml, chosen = Ggml(), cases(arguments.rows)
+    if arguments.optimum:
+        print_optimum(ggml, chosen, arguments.effort)
+        return
     print(f"{machine()}; one thread each, medians of {REPEATS}\n")
     names = [case.name for case in chosen]
     speeds = "x ggml, by case" if arguments.markdown else "x ggml"
@@ -224,6 +253,9 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--formats", nargs="+", default=known, metavar="NAME", help="by default all")
     parser.add_argument("--rows", type=int, default=64, help="rows of each matrix (64)")
     parser.add_argument("--effort", choices=EFFORTS, default="normal", help="of our search")
+    parser.add_argument(
+        "--optimum", action="store_true", help="only: how far below ggml's error any search can go"
+    )
     parser.add_argument("--markdown", action="store_true", help="a table for a README")
     return parser.parse_args()
 

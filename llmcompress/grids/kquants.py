@@ -32,7 +32,7 @@ def _ends(least: tuple[float, ...], most: tuple[float, ...]) -> np.ndarray:
 ENDS_2 = _ends((-0.6, -0.2, 0.2), (2.9, 3.4))
 ENDS_4 = _ends((-0.7, -0.2, 0.2, 0.6), (14.5, 15.0, 15.5))
 ENDS_5 = _ends((-0.5, 0.0, 0.5), (30.5, 31.0, 31.5))
-TOPS_3 = np.array([-4.8, -4.44, -4.08, -3.72, -3.36, -3.0, 2.3, 2.65, 3.0, 3.35, 3.7], np.float32)
+TOPS_3 = np.array([-6.1, -4.8, -4.45, -4.1, -3.8, -2.95, -2.35, 3.25, 3.95, 4.35, 4.95], np.float32)
 PLAIN_TOPS_3 = np.array([-4.2, 3.1], np.float32)  # refining makes up for the rest
 TOPS_6 = np.array([-32.9, -32.5, -32.1, -31.7, -31.3, -30.9, 29.9, 30.3, 30.7, 31.1, 31.5, 31.9], np.float32)
 
