@@ -1,35 +1,41 @@
 """One number of each of sixteen blocks, found along their weights, one to a lane.
 
 A block gives a vector, or several, whose lanes are to be summed up (or their extremes found). Two such vectors
-are merged by interleaving their first and their second halves and adding those, until sixteen have become one.
+are merged: half of the lanes of each make one vector, the other halves another, and those are added. After four
+rounds one vector is left of sixteen.
 """
 
 from __future__ import annotations
 
 from llvmlite import ir
+from numba import types
 from numba.extending import intrinsic, register_jitable
 
-from llmcompress.grids.lanes import _FLOATS, _INTS, LANES, _constant, maximum, minimum
-from llmcompress.grids.transpose import FIRST_HALVES, SECOND_HALVES
+from llmcompress.grids.lanes import _FLOATS, _INTS, LANES, WIDTH, _constant, maximum, minimum
 
 # LLVM would make the larger ones calls, which pass lanes through memory.
 inlined = register_jitable(forceinline=True)
 
 
-def _interleaving(chosen: ir.Constant):
+def _halving(first: list[int], step: int):
+    """Vectors of lanes `first` of a and b, those of b counted from 16 on, and of the lanes `step` later."""
+    masks = [ir.Constant(_INTS, [lane + later for lane in first]) for later in (0, step)]
+
     @intrinsic
     def function(typing_context, a, b):
         def lower(context, builder, sig, args):
-            return builder.shuffle_vector(*args, chosen)
+            halves = [builder.shuffle_vector(*args, mask) for mask in masks]
+            return context.make_tuple(builder, sig.return_type, halves)
 
-        return LANES(a, b), lower
+        return types.UniTuple(LANES, 2)(a, b), lower
 
     return function
 
 
-# a0 b0 a1 b1 ... a7 b7, and a8 b8 ... a15 b15. Added up, each lane of a and b has half of their numbers left;
-# sixteen vectors k merged so with k + 8, then with k + 4, k + 2, k + 1 leave the sum of vector k in lane k.
-first_halves, second_halves = _interleaving(FIRST_HALVES), _interleaving(SECOND_HALVES)
+# Four lanes are what a CPU shuffles cheapest: two rounds within those, then one each of the quarters of a vector.
+within_quarters = _halving([q + k // 2 + WIDTH * (k % 2) for q in range(0, WIDTH, 4) for k in range(4)], 2)
+of_two_quarters = _halving([*range(8), *range(WIDTH, WIDTH + 8)], 8)
+of_quarters = _halving([q + k for q in range(0, 2 * WIDTH, 8) for k in range(4)], 4)
 
 
 def _rotation(left: int):
@@ -65,40 +71,41 @@ def larger_bits(typing_context, a, b):
 @inlined
 def reduced(leaf, merge, flat, first, inverses, count, k):
     """`leaf(flat, first + j, inverses[j], count)` of blocks j = k to k + 15, each reduced to one lane."""
-    even = reduced_half(leaf, merge, flat, first, inverses, count, k)
-    return merge(even, reduced_half(leaf, merge, flat, first, inverses, count, k + 1))
+    eight = reduced_eight(leaf, merge, flat, first, inverses, count, k)
+    return merge(of_quarters, eight, reduced_eight(leaf, merge, flat, first, inverses, count, k + 8))
 
 
 @inlined
-def reduced_half(leaf, merge, flat, first, inverses, count, k):
-    even = reduced_quarter(leaf, merge, flat, first, inverses, count, k)
-    return merge(even, reduced_quarter(leaf, merge, flat, first, inverses, count, k + 2))
+def reduced_eight(leaf, merge, flat, first, inverses, count, k):
+    four = reduced_four(leaf, merge, flat, first, inverses, count, k)
+    return merge(of_two_quarters, four, reduced_four(leaf, merge, flat, first, inverses, count, k + 4))
 
 
 @inlined
-def reduced_quarter(leaf, merge, flat, first, inverses, count, k):
-    even = reduced_eighth(leaf, merge, flat, first, inverses, count, k)
-    return merge(even, reduced_eighth(leaf, merge, flat, first, inverses, count, k + 4))
+def reduced_four(leaf, merge, flat, first, inverses, count, k):
+    two = reduced_two(leaf, merge, flat, first, inverses, count, k)
+    return merge(within_quarters, two, reduced_two(leaf, merge, flat, first, inverses, count, k + 1))
 
 
 @inlined
-def reduced_eighth(leaf, merge, flat, first, inverses, count, k):
-    even = leaf(flat, first + k, inverses[k], count)
-    return merge(even, leaf(flat, first + k + 8, inverses[k + 8], count))
+def reduced_two(leaf, merge, flat, first, inverses, count, k):
+    one = leaf(flat, first + k, inverses[k], count)
+    return merge(within_quarters, one, leaf(flat, first + k + 2, inverses[k + 2], count))
 
 
 @inlined
-def merge_ranges(a, b):
-    least = minimum(first_halves(a[0], b[0]), second_halves(a[0], b[0]))
-    return least, maximum(first_halves(a[1], b[1]), second_halves(a[1], b[1]))
+def merge_ranges(halving, a, b):
+    least, most = halving(a[0], b[0]), halving(a[1], b[1])
+    return minimum(least[0], least[1]), maximum(most[0], most[1])
 
 
 @inlined
-def merge_extremes(a, b):
-    return larger_bits(first_halves(a, b), second_halves(a, b))
+def merge_extremes(halving, a, b):
+    extremes = halving(a, b)
+    return larger_bits(extremes[0], extremes[1])
 
 
 @inlined
-def merge_sums(a, b):
-    sum_xl = first_halves(a[0], b[0]) + second_halves(a[0], b[0])
-    return sum_xl, first_halves(a[1], b[1]) + second_halves(a[1], b[1])
+def merge_sums(halving, a, b):
+    sum_xl, sum_ll = halving(a[0], b[0]), halving(a[1], b[1])
+    return sum_xl[0] + sum_xl[1], sum_ll[0] + sum_ll[1]

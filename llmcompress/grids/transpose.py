@@ -8,10 +8,6 @@ from numba.extending import intrinsic
 
 from llmcompress.grids.lanes import _INTS, WIDTH, _data, _element, _index
 
-# Which of 32 lanes, those of two vectors, make one vector: the first and the second halves, interleaved.
-FIRST_HALVES = ir.Constant(_INTS, [k // 2 + WIDTH * (k % 2) for k in range(WIDTH)])
-SECOND_HALVES = ir.Constant(_INTS, [k // 2 + WIDTH // 2 + WIDTH * (k % 2) for k in range(WIDTH)])
-
 
 def _transposition(to_rows: bool):
     def lower(context, builder, sig, args):
@@ -54,10 +50,10 @@ def from_lanes(typing_context, flat, offsets, rows, first):
 
 def _transpose_square(builder, square: list) -> list:
     """Transpose 16 vectors of 16: four rounds of interleaving rows k and k + 8."""
+    low = ir.Constant(_INTS, [k // 2 + WIDTH * (k % 2) for k in range(WIDTH)])
+    high = ir.Constant(_INTS, [k // 2 + 8 + WIDTH * (k % 2) for k in range(WIDTH)])
     for _ in range(4):
         square = [
-            builder.shuffle_vector(square[k], square[k + 8], half)
-            for k in range(8)
-            for half in (FIRST_HALVES, SECOND_HALVES)
+            builder.shuffle_vector(square[k], square[k + 8], half) for k in range(8) for half in (low, high)
         ]
     return square
