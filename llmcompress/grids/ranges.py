@@ -23,7 +23,10 @@ from llmcompress.grids.block_loop import SOURCES
 from llmcompress.grids.compiled import compiled
 from llmcompress.grids.lanes import (
     _FLOATS,
+    _INTS,
+    LANES,
     WIDTH,
+    _constant,
     _element,
     _index,
     absolute,
@@ -37,7 +40,6 @@ from llmcompress.grids.lanes import (
     select,
     splat,
     store,
-    store_run,
 )
 from llmcompress.grids.reduction import (
     inlined,
@@ -49,13 +51,14 @@ from llmcompress.grids.reduction import (
     sign_first,
     sign_last,
 )
-from llmcompress.grids.rounding import divide, inverse_of, nearest_code, round_to_half
+from llmcompress.grids.rounding import divide, inverse_of, round_to_half
 
 BLOCK = 32
 CHUNK = 4 * WIDTH  # blocks fitted before they are rounded, so that the fits overlap in time
 
 # How far, in steps, the extreme weight lies beyond the first code of a grid without a base.
 OVERHANG = 0.2
+WHOLE = 1.5 * 2.0**23  # floats of this size are whole numbers
 TINY = 2.0**-120  # steps below have no finite inverse that helps, and are 0 as float16
 
 
@@ -124,19 +127,39 @@ def fit_scaled_chunk(flat, first, count, inverses, scales):
         store(scales, k // WIDTH, half_bits(d))
 
 
+@intrinsic
+def store_nibbles(typing_context, data, i, first, second):
+    """Write the last four bits of `first`, and of `second` above them, from byte i on of a uint8 array."""
+    vector = ir.VectorType(ir.IntType(8), WIDTH)
+
+    def lower(context, builder, sig, args):
+        low, high = (builder.bitcast(lanes, _INTS) for lanes in args[2:])
+        low = builder.and_(low, _constant(_INTS, 15))
+        both = builder.trunc(builder.or_(low, builder.shl(high, _constant(_INTS, 4))), vector)
+        builder.store(both, _element(context, builder, sig.args[0], args[0], args[1], vector), align=1)
+        return context.get_dummy_value()
+
+    return types.void(data, types.int64, LANES, LANES), lower
+
+
 @inlined
-def encode_block(flat, block, inverse, offset, count, data, i):
-    """Codes x inverse + offset from byte i on: the fifth bits of those of more than four, then the others."""
-    first, second = load(flat, 2 * block), load(flat, 2 * block + 1)
-    code = nearest_code(fma(first, inverse, offset), 0.0, count - 1.0)
-    other = nearest_code(fma(second, inverse, offset), 0.0, count - 1.0)
+def encode_block(flat, block, inverse, offset, with_base, count, data, i):
+    """Codes x inverse + offset from byte i on: the fifth bits of those of more than four, then the others.
+
+    The nearest whole number is the last bits of a float that WHOLE is added to; where offsets are whole they hold it.
+    """
+    code, other = load(flat, 2 * block), load(flat, 2 * block + 1)
+    code, other = fma(code, inverse, offset), fma(other, inverse, offset)
+    if with_base:
+        code, other = code + WHOLE, other + WHOLE
+    most = WHOLE + count - 1.0
+    code, other = minimum(maximum(code, WHOLE), most), minimum(maximum(other, WHOLE), most)
     if count > 16.0:
-        fifth, other_fifth = mask_bits(code > 15.0), mask_bits(other > 15.0)
+        fifth, other_fifth = mask_bits(code > WHOLE + 15.0), mask_bits(other > WHOLE + 15.0)
         store_word(data, i, fifth)
         store_word(data, i + 2, other_fifth)
-        code = select(code > 15.0, code - 16.0, code)
         i += 4
-    store_run(data, i, fma(other, 16.0, code))  # a byte keeps the low bits
+    store_nibbles(data, i, code, other)
 
 
 @inlined
@@ -157,7 +180,7 @@ def compile_range_quantizer(block_bytes: int, bits: int, with_base: bool) -> Cal
         if blocks < CHUNK:
             flat, data = np.zeros(CHUNK * BLOCK, np.float32), np.empty(CHUNK * block_bytes, np.uint8)
             flat[: weights.size] = weights.reshape(-1)
-        inverses, offsets = np.empty(CHUNK, np.float32), np.full(CHUNK, np.float32(count / 2))
+        inverses, offsets = np.empty(CHUNK, np.float32), np.full(CHUNK, np.float32(count / 2 + WHOLE))
         scales, bases = np.empty(CHUNK, np.float32), np.empty(CHUNK, np.float32)
         for start in range(0, blocks, CHUNK):
             first = max(min(start, blocks - CHUNK), 0)  # the last chunk overlaps the one before
@@ -173,7 +196,7 @@ def compile_range_quantizer(block_bytes: int, bits: int, with_base: bool) -> Cal
                 codes = i + 4 if with_base else i + 2
                 prefetch(flat, 2 * (first + k + CHUNK))
                 prefetch(flat, 2 * (first + k + CHUNK) + 1)
-                encode_block(flat, first + k, inverses[k], offsets[k], count, data, codes)
+                encode_block(flat, first + k, inverses[k], offsets[k], with_base, count, data, codes)
         if blocks < CHUNK:
             out.reshape(-1)[:] = data[: out.size]
 
