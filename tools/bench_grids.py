@@ -175,7 +175,7 @@ def verdict(name: str, results: list[Result], memory: Callable[[], tuple[float, 
             near = f" ({share:.0%} of memory)"
         else:
             allowed = min(bound * result.ratio / result.speed for result in results)
-            missed.append(f"speed (memory allows {allowed:.1f}x, {share:.0%} of that from memory)")
+            missed.append(f"speed (memory allows {allowed:.1f}x, {share:.0%} of that reached from memory)")
     if max(max(result.errors) for result in results) > error_bar:
         missed.append("error")
     return "missed: " + ", ".join(missed) if missed else "met" + near

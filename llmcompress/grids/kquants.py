@@ -38,7 +38,7 @@ TOPS_6 = np.array([-32.9, -32.5, -32.1, -31.7, -31.3, -30.9, 29.9, 30.3, 30.7, 3
 
 # The same for the scales of sub-blocks.
 SCALE_TOPS_Q2_K = np.array([14.0, 14.5, 15.0], np.float32)
-SCALE_TOPS_Q3_K = np.array([-32.2, -31.9, -31.6, -31.3, -31.0, 30.7, 31.0, 31.3], np.float32)
+SCALE_TOPS_Q3_K = np.array([-32.0, -31.5, -31.0, 31.0], np.float32)
 SCALE_TOPS_Q4_K = np.array([62.0, 62.5, 63.0], np.float32)
 SCALE_TOPS_Q6_K = np.array([-128.2, -127.8, -127.4, -127.0, -126.5, -126.0], np.float32)
 
