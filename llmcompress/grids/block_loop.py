@@ -19,7 +19,7 @@ from numba.extending import register_jitable
 
 from llmcompress.grids.compiled import compiled
 from llmcompress.grids.effort import EFFORTS, search_at
-from llmcompress.grids.grid import Grid
+from llmcompress.grids.grid import Grid, Quantizer
 from llmcompress.grids.lanes import (
     WIDTH,
     absolute,
@@ -36,7 +36,7 @@ from llmcompress.grids.transpose import from_lanes, to_lanes
 # Numba's disk cache looks for changes only in the file a kernel stands in. Held in the closure of every
 # kernel, this makes it look at the files of the functions called from there as well.
 _FILES = sorted(Path(__file__).parent.glob("*.py"))
-_SOURCES = hashlib.sha256(b"".join(file.read_bytes() for file in _FILES)).digest()
+SOURCES = hashlib.sha256(b"".join(file.read_bytes() for file in _FILES)).digest()
 
 
 def searched_grid(
@@ -50,19 +50,32 @@ def searched_grid(
     decode: Callable,
     candidates: tuple[np.ndarray, ...] = (),
     plain_candidates: tuple[np.ndarray, ...] = (),
+    plain: Quantizer | None = None,
 ) -> Grid:
     """The grid made of these functions; see `compile_quantizer` and `compile_dequantizer`.
 
     With `candidates` there is a kernel for each effort, and `encode` takes what `search_at` makes of them as
-    one more argument. `plain_candidates` are those without importance, unless effort is "best".
+    one more argument. For weights without importance, unless effort is "best", there may be other candidates,
+    `plain_candidates`, or another kernel, `plain`.
     """
     quantizers = {}
     for effort in EFFORTS if candidates else ("normal",):
         few = candidates if effort == "best" else plain_candidates or candidates
         searches = [(search_at(effort, tops),) if tops else () for tops in (candidates, few)]
-        quantizers[effort] = compile_quantizer(block, block_bytes, weigh, weigh_plain, encode, *searches)
+        kernel = compile_quantizer(block, block_bytes, weigh, weigh_plain, encode, *searches)
+        quantizers[effort] = by_importance(plain, kernel) if plain and effort != "best" else kernel
     dequantize = compile_dequantizer(block, block_bytes, decode)
     return Grid(name, ggml_type, block, block_bytes, quantizers["normal"], dequantize, quantizers)
+
+
+def by_importance(without: Quantizer, given: Quantizer) -> Quantizer:
+    """The kernel that uses one of two, of which only those used are compiled."""
+
+    def quantize(weights: np.ndarray, importance: np.ndarray | None, out: np.ndarray) -> None:
+        kernel = without if importance is None else given
+        kernel(weights, importance, out)
+
+    return quantize
 
 
 def compile_quantizer(
@@ -73,7 +86,7 @@ def compile_quantizer(
     encode: Callable,
     search: tuple,
     plain_search: tuple,
-) -> Callable:
+) -> Quantizer:
     """The quantize kernel of a format, as `Grid` wants it; compiled when first called, then kept on disk.
 
     `weigh(x, w, row_energy)` finds the importance of each weight in `w`, its mean over the row being
@@ -81,7 +94,7 @@ def compile_quantizer(
     of x^2. `weigh_plain(x, w)` does without importance. `search` and `plain_search`
     hold what else `encode` takes.
     """
-    sources = _SOURCES
+    sources = SOURCES
 
     @compiled(error_model="numpy")
     def quantize(weights, importance, out):
@@ -112,12 +125,12 @@ def compile_quantizer(
     return quantize
 
 
-def compile_plain_quantizer(block_bytes: int, encode: Callable) -> Callable:
+def compile_plain_quantizer(block_bytes: int, encode: Callable) -> Quantizer:
     """The quantize kernel of a format without a search: `encode(weights, number, data)`.
 
     It writes block `number` of flat float32 `weights` as `block_bytes` bytes of uint8 `data`.
     """
-    sources = _SOURCES
+    sources = SOURCES
 
     @compiled(error_model="numpy")
     def quantize(weights, importance, out):
@@ -131,7 +144,7 @@ def compile_plain_quantizer(block_bytes: int, encode: Callable) -> Callable:
 
 def compile_dequantizer(block: int, block_bytes: int, decode: Callable) -> Callable:
     """The dequantize kernel of a format: `decode(data, values)` for uint8 and float32 of one block."""
-    sources = _SOURCES
+    sources = SOURCES
 
     @compiled(error_model="numpy")
     def dequantize(data, out):

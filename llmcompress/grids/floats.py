@@ -8,11 +8,16 @@ reads weights asks `first_nonfinite` first.
 from __future__ import annotations
 
 import numpy as np
-from numba.extending import register_jitable
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic, register_jitable
 
+from llmcompress.grids.block_loop import SOURCES
 from llmcompress.grids.compiled import compiled
-from llmcompress.grids.grid import Grid
+from llmcompress.grids.grid import Grid, Quantizer
+from llmcompress.grids.lanes import _INTS, WIDTH, _constant, _element, _index, load, maximum, minimum
 
+BRAIN_MAX = 3.3895313892515355e38
 _CHUNK = 4096  # values looked at between two chances to stop early
 
 
@@ -138,19 +143,49 @@ def _dequantize_f16(data, out):
     _halves_to_float(data.reshape(-1).view(np.uint16), out.reshape(-1))
 
 
+@intrinsic
+def store_brains(typing_context, brains, i, value):
+    """Write lanes rounded to bfloat16 as lanes number `i` of a contiguous uint16 array. NaN becomes quiet."""
+    vector = ir.VectorType(ir.IntType(16), WIDTH)
+
+    def lower(context, builder, sig, args):
+        bits = builder.bitcast(args[2], _INTS)
+        # Half a step less one, plus the last bit that stays, rounds ties to even.
+        last = builder.and_(builder.lshr(bits, _constant(_INTS, 16)), _constant(_INTS, 1))
+        rounded = builder.add(builder.add(bits, _constant(_INTS, 0x7FFF)), last)
+        quiet = builder.or_(bits, _constant(_INTS, 0x400000))
+        bits = builder.select(builder.fcmp_unordered("uno", args[2], args[2]), quiet, rounded)
+        start = builder.mul(args[1], _index(WIDTH))
+        place = _element(context, builder, sig.args[0], args[0], start, vector)
+        builder.store(builder.trunc(builder.lshr(bits, _constant(_INTS, 16)), vector), place, align=2)
+        return context.get_dummy_value()
+
+    return types.void(brains, types.int64, value), lower
+
+
 @register_jitable
-def brain_bits_of(bits):
-    """The bfloat16 bits of a float32 with these bits (uint32)."""
-    sign, size = bits >> 16 & 0x8000, bits & 0x7FFFFFFF
-    rounded = (size + 0x7FFF + (size >> 16 & 1)) >> 16
-    return np.uint16(sign | (0x7FC0 if size > 0x7F800000 else min(rounded, 0x7F7F)))
+def round_to_brains(values, brains):
+    """float32 to the bits of bfloat16, uint16, as many as fill lanes."""
+    for j in range(values.size // WIDTH):
+        store_brains(brains, j, maximum(-BRAIN_MAX, minimum(BRAIN_MAX, load(values, j))))  # NaN stays
 
 
-@compiled()
-def _quantize_bf16(weights, importance, out):
-    bits, brains = weights.reshape(-1).view(np.uint32), out.reshape(-1).view(np.uint16)
-    for i in range(bits.size):
-        brains[i] = brain_bits_of(bits[i])
+def _compile_bf16() -> Quantizer:
+    sources = SOURCES
+
+    @compiled()
+    def quantize(weights, importance, out):
+        sources  # noqa: B018
+        values, brains = weights.reshape(-1), out.reshape(-1).view(np.uint16)
+        round_to_brains(values, brains)
+        rest = values.size % WIDTH
+        if rest:
+            last, rounded = np.zeros(WIDTH, np.float32), np.empty(WIDTH, np.uint16)
+            last[:rest] = values[values.size - rest :]
+            round_to_brains(last, rounded)
+            brains[brains.size - rest :] = rounded[:rest]
+
+    return quantize
 
 
 @compiled()
@@ -160,4 +195,4 @@ def _dequantize_bf16(data, out):
 
 F32 = Grid("F32", 0, 1, 4, _quantize_f32, _dequantize_f32)
 F16 = Grid("F16", 1, 1, 2, _quantize_f16, _dequantize_f16)
-BF16 = Grid("BF16", 30, 1, 2, _quantize_bf16, _dequantize_bf16)
+BF16 = Grid("BF16", 30, 1, 2, _compile_bf16(), _dequantize_bf16)

@@ -29,16 +29,17 @@ def _ends(least: tuple[float, ...], most: tuple[float, ...]) -> np.ndarray:
 
 
 # Where the searches lay the ends of a sub-block's range (`ends`, `tops` in scale_search), found by trial.
-ENDS_2 = _ends((-0.6, -0.2, 0.2), (2.8, 3.2, 3.6))
-ENDS_4 = _ends((-0.7, -0.2, 0.2, 0.6), (14.5, 14.9, 15.3, 15.7))
-ENDS_5 = _ends((-0.7, -0.2, 0.2, 0.6), (30.5, 30.9, 31.3, 31.7))
-TOPS_3 = np.array([-4.8, -4.44, -4.08, -3.72, -3.36, -3.0, 2.3, 2.65, 3.0, 3.35, 3.7], np.float32)
+ENDS_2 = _ends((-0.6, -0.2, 0.2), (2.9, 3.4))
+ENDS_4 = _ends((-0.7, -0.2, 0.2, 0.6), (14.5, 15.0, 15.5))
+ENDS_5 = _ends((-0.5, 0.0, 0.5), (30.5, 31.0, 31.5))
+TOPS_3 = np.array([-6.1, -4.8, -4.45, -4.1, -3.8, -2.95, -2.35, 3.25, 3.95, 4.35, 4.95], np.float32)
+PLAIN_TOPS_3 = np.array([-4.2, 3.1], np.float32)  # refining makes up for the rest
 TOPS_6 = np.array([-32.9, -32.5, -32.1, -31.7, -31.3, -30.9, 29.9, 30.3, 30.7, 31.1, 31.5, 31.9], np.float32)
 
 # The same for the scales of sub-blocks.
-SCALE_TOPS_Q2_K = np.array([14.0, 14.25, 14.5, 14.75, 15.0, 15.3], np.float32)
-SCALE_TOPS_Q3_K = np.array([-32.2, -31.9, -31.6, -31.3, -31.0, 30.7, 31.0, 31.3], np.float32)
-SCALE_TOPS_Q4_K = np.array([62.0, 62.25, 62.5, 62.75, 63.0, 63.3], np.float32)
+SCALE_TOPS_Q2_K = np.array([14.0, 14.5, 15.0], np.float32)
+SCALE_TOPS_Q3_K = np.array([-32.0, -31.5, -31.0, 31.0], np.float32)
+SCALE_TOPS_Q4_K = np.array([62.0, 62.5, 63.0], np.float32)
 SCALE_TOPS_Q6_K = np.array([-128.2, -127.8, -127.4, -127.0, -126.5, -126.0], np.float32)
 
 
@@ -302,7 +303,16 @@ Q2_K = searched_grid(
     "Q2_K", 10, BLOCK, 84, weigh_q2_k, weigh_by_size, encode_q2_k, decode_q2_k, (ENDS_2, SCALE_TOPS_Q2_K)
 )
 Q3_K = searched_grid(
-    "Q3_K", 11, BLOCK, 110, weigh, weigh_by_square, encode_q3_k, decode_q3_k, (TOPS_3, SCALE_TOPS_Q3_K)
+    "Q3_K",
+    11,
+    BLOCK,
+    110,
+    weigh,
+    weigh_by_square,
+    encode_q3_k,
+    decode_q3_k,
+    (TOPS_3, SCALE_TOPS_Q3_K),
+    (PLAIN_TOPS_3, SCALE_TOPS_Q3_K),
 )
 Q4_K = searched_grid(
     "Q4_K",

@@ -263,18 +263,25 @@ def store(typing_context, array, i, value):
     return types.void(array, types.int64, value), lower
 
 
-@intrinsic
-def store_bytes(typing_context, array, i, value):
-    """Write whole numbers (-128 to 255) as row `i` of a uint8 array `(n, 16)`."""
+def _byte_store(step: int):
+    """Write the low bytes of whole numbers at `i * step` of a contiguous uint8 array."""
     vector = ir.VectorType(ir.IntType(8), WIDTH)
 
-    def lower(context, builder, sig, args):
-        start = builder.mul(args[1], _index(WIDTH))
-        whole = builder.trunc(builder.fptosi(args[2], _INTS), vector)
-        builder.store(whole, _element(context, builder, sig.args[0], args[0], start, vector), align=1)
-        return context.get_dummy_value()
+    @intrinsic
+    def function(typing_context, array, i, value):
+        def lower(context, builder, sig, args):
+            start = builder.mul(args[1], _index(step))
+            whole = builder.trunc(builder.fptosi(args[2], _INTS), vector)
+            builder.store(whole, _element(context, builder, sig.args[0], args[0], start, vector), align=1)
+            return context.get_dummy_value()
 
-    return types.void(array, types.int64, LANES), lower
+        return types.void(array, types.int64, LANES), lower
+
+    return function
+
+
+store_bytes = _byte_store(WIDTH)  # as row i of an array (n, 16)
+store_run = _byte_store(1)  # from byte i on
 
 
 @intrinsic
@@ -347,6 +354,16 @@ def half_bits(typing_context, a):
         return builder.sitofp(builder.or_(half, sign), _FLOATS)
 
     return LANES(LANES), lower
+
+
+@intrinsic
+def mask_bits(typing_context, mask):
+    """A mask as a number, lane k in bit k."""
+
+    def lower(context, builder, sig, args):
+        return builder.zext(builder.bitcast(args[0], ir.IntType(WIDTH)), ir.IntType(32))
+
+    return types.uint32(mask), lower
 
 
 # For intrinsics that write straight code of many lanes themselves.

@@ -1,7 +1,8 @@
 """Q4_0, Q4_1, Q5_0, Q5_1, Q8_0: 32 weights under one float16 scale, some with a float16 base.
 
 Layouts: `ggml-common.h` of llama.cpp; d and m stand for scale and base, as there. With importance, errors are
-weighed as llama.cpp weighs them, by importance times sqrt(mean square of the row + x^2); without, alike.
+weighed as llama.cpp weighs them, by importance times sqrt(mean square of the row + x^2); without, alike, and
+but for `--effort best` the grid is laid over the range of the block as in `ranges`.
 """
 
 from __future__ import annotations
@@ -24,23 +25,20 @@ from llmcompress.grids.lanes import (
     sqrt,
     store,
     store_bytes,
+    store_run,
 )
+from llmcompress.grids.ranges import compile_range_quantizer
 from llmcompress.grids.rounding import divide, inverse_of, nearest_code, round_to_half, split_code, store_half
 from llmcompress.grids.scale_search import fit_affine, fit_scaled
 
 BLOCK = 32
 
-TOPS_4 = np.array([-8.9, -8.6, -8.3, -8.0, -7.7, -7.4, -7.1, 6.6, 6.9, 7.2, 7.5, 7.8], np.float32)
-TOPS_5 = np.array([-16.7, -16.4, -16.0, -15.7, -15.3, -15.0, 14.4, 14.7, 15.0, 15.3, 15.6], np.float32)
+# Chosen one by one, each the best company for those before, on blocks with importance (`tops` in scale_search).
+TOPS_4 = np.array([-11.9, -9.5, -8.8, -8.4, -8.1, -7.8, -7.1, -6.9, -6.2, 7.4, 8.2, 9.3], np.float32)
+TOPS_5 = np.array([-17.2, -16.6, -16.3, -16.0, -15.7, -15.3, -15.1, -14.7, -14.3, -14.0, -13.0], np.float32)
 ENDS_4 = np.array([(a, b) for a in (-0.7, -0.2, 0.2, 0.6) for b in (14.5, 14.9, 15.3, 15.7)], np.float32)
 ENDS_5 = np.array([(a, b) for a in (-0.7, -0.2, 0.2, 0.6) for b in (30.5, 30.9, 31.3, 31.7)], np.float32)
 ANY_BASE = 1e30
-
-# Without importance llama.cpp takes the range as it is, in no time. These few keep up with it.
-PLAIN_TOPS_4 = np.array([-8.0, 7.2], np.float32)
-PLAIN_TOPS_5 = np.array([-16.0, 15.3], np.float32)
-PLAIN_ENDS_4 = np.array([(0.0, 15.0)], np.float32)
-PLAIN_ENDS_5 = np.array([(0.0, 30.0), (0.0, 31.0)], np.float32)
 
 
 @register_jitable
@@ -192,8 +190,8 @@ def encode_q8_0(flat, number, data):
     step = d if d < np.float32(65520.0) else np.float32(65504.0)
     inverse = np.float32(1.0) / step if step > np.float32(0.0) else np.float32(0.0)
     data[0], data[1] = bits & 255, bits >> 8
-    store_bytes(data[2:], 0, minimum(maximum(round_away(first * inverse), -127.0), 127.0))
-    store_bytes(data[2:], 1, minimum(maximum(round_away(second * inverse), -127.0), 127.0))
+    store_run(data, 2, minimum(maximum(round_away(first * inverse), -127.0), 127.0))
+    store_run(data, 18, minimum(maximum(round_away(second * inverse), -127.0), 127.0))
 
 
 @register_jitable
@@ -203,18 +201,16 @@ def decode_q8_0(data, values):
         values[j] = d * np.float32(np.int8(data[2 + j]))
 
 
-Q4_0 = searched_grid(
-    "Q4_0", 2, BLOCK, 18, weigh, weigh_plain, encode_q4_0, decode_q4_0, (TOPS_4,), (PLAIN_TOPS_4,)
-)
-Q4_1 = searched_grid(
-    "Q4_1", 3, BLOCK, 20, weigh, weigh_plain, encode_q4_1, decode_q4_1, (ENDS_4,), (PLAIN_ENDS_4,)
-)
-Q5_0 = searched_grid(
-    "Q5_0", 6, BLOCK, 22, weigh, weigh_plain, encode_q5_0, decode_q5_0, (TOPS_5,), (PLAIN_TOPS_5,)
-)
-Q5_1 = searched_grid(
-    "Q5_1", 7, BLOCK, 24, weigh, weigh_plain, encode_q5_1, decode_q5_1, (ENDS_5,), (PLAIN_ENDS_5,)
-)
+def _grid(name, ggml_type, block_bytes, encode, decode, candidates, bits, with_base) -> Grid:
+    plain = compile_range_quantizer(block_bytes, bits, with_base)
+    sizes = (ggml_type, BLOCK, block_bytes)
+    return searched_grid(name, *sizes, weigh, weigh_plain, encode, decode, (candidates,), plain=plain)
+
+
+Q4_0 = _grid("Q4_0", 2, 18, encode_q4_0, decode_q4_0, TOPS_4, bits=4, with_base=False)
+Q4_1 = _grid("Q4_1", 3, 20, encode_q4_1, decode_q4_1, ENDS_4, bits=4, with_base=True)
+Q5_0 = _grid("Q5_0", 6, 22, encode_q5_0, decode_q5_0, TOPS_5, bits=5, with_base=False)
+Q5_1 = _grid("Q5_1", 7, 24, encode_q5_1, decode_q5_1, ENDS_5, bits=5, with_base=True)
 _quantize_q8_0 = compile_plain_quantizer(34, encode_q8_0)
 _dequantize_q8_0 = compile_dequantizer(BLOCK, 34, decode_q8_0)
 Q8_0 = Grid("Q8_0", 8, BLOCK, 34, _quantize_q8_0, _dequantize_q8_0)

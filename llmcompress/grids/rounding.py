@@ -48,8 +48,9 @@ def split_code(code, step):
 def round_to_half(value):
     """The nearest float16, ties to even; the largest finite one where that would be infinite."""
     value = minimum(maximum(value, -HALF_MAX), HALF_MAX)
-    # Adding 2^13 times the leading bit leaves the 11 bits of a float16, or steps of 2^-24 if subnormal.
-    shift = power_of_two(maximum(absolute(value), 2.0**-14)) * 8192.0
+    # Adding 1.5 * 2^13 times the leading bit, for either sign, leaves the 11 bits of a float16, or steps of
+    # 2^-24 if subnormal.
+    shift = power_of_two(maximum(absolute(value), 2.0**-14)) * 12288.0
     return (value + shift) - shift
 
 

@@ -101,15 +101,15 @@ def fit_scaled_parts(x, w, unit, parts, size, low, high, least, most, search):
     """x = d scale l, codes l in low..high, scales in least..most. Returns d."""
     tops, scale_tops, rounds = search
     scales, weights = parts[0], parts[1]
-    count = len(x) // size
+    count, first_rounds = len(x) // size, max(rounds - 1, 0)  # refining makes up for one
     for b in range(count):
-        step, curvature = fit_scaled(x, w, b * size, size, low, high, tops, rounds)
+        step, curvature = fit_scaled(x, w, b * size, size, low, high, tops, first_rounds)
         store(scales, b, step)
         store(weights, b, curvature)
     d, _ = fit_scaled(scales, weights, 0, count, least, most, scale_tops, 1)
     d = round_to_half(d * unit)
     round_scales(scales, count, d / unit, least, most)
-    for _ in range(rounds + 1):
+    for _ in range(max(rounds, 1)):
         d = refine_scaled_parts(x, w, scales, size, low, high, least, most, d / unit)
         d = round_to_half(d * unit)
     return d

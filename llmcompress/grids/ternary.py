@@ -17,12 +17,11 @@ from llmcompress.grids.kquants import pack_crumbs
 from llmcompress.grids.lanes import absolute, fma, load, maximum, select, splat, store_bytes
 from llmcompress.grids.legacy import encode_scaled, weigh, weigh_plain
 from llmcompress.grids.rounding import divide, round_to_half, store_half
-from llmcompress.grids.scale_search import extent
 
 BLOCK = 256
 
 # The weight largest in size over the scales tried.
-TOPS = np.array([1.4, 2.4, 4.5], np.float32)
+TOPS = np.array([1.4, 3.2], np.float32)
 
 
 @register_jitable
@@ -41,8 +40,9 @@ def trit_sums(x, w, cut):
 @register_jitable
 def fit_trits(x, w, tops, rounds):
     """The d of x = d c with codes c of -1, 0 and 1. Weights beyond d / 2 are those with a code."""
-    least, most = extent(x, 0, BLOCK)
-    largest = maximum(most, -least)
+    largest = splat(0.0)
+    for j in range(BLOCK):
+        largest = maximum(absolute(load(x, j)), largest)
     best_gain, best = splat(0.0), splat(0.0)
     for k in range(len(tops) + rounds):
         d = largest / tops[k] if k < len(tops) else best
@@ -74,7 +74,7 @@ def pack_trits(codes, packed, i, first, run, count):
         for k in range(5):
             digit = load(codes, first + j + run * k) if k < count else splat(0.0)
             number = fma(number, 3.0, digit)
-        store_bytes(packed, i + j, fma(number, 256.0, 242.0) / 243.0)
+        store_bytes(packed, i + j, fma(number, 256.0 / 243.0, 242.5 / 243.0))  # 0.5: clear of rounding
 
 
 @register_jitable
