@@ -23,11 +23,11 @@ from llmcompress.grids.rounding import store_half
 # Least squares leaves weights of few bits too small. A larger d spends some of the lead over llama.cpp in
 # weighted error, and the model gains: on a Llama of 6 M weights the KL divergence of IQ2_XXS falls by a
 # fifth, that of IQ3_XXS by a tenth.
-BOOK_2_XXS = read_codebook("IQ2_XXS", 8, even=True, shrink=0.95, enlarge=1.05)
-BOOK_2_XS = read_codebook("IQ2_XS", 8, even=True, shrink=0.95, enlarge=1.03)
-BOOK_2_S = read_codebook("IQ2_S", 8, even=False, shrink=0.95, enlarge=1.04)
-BOOK_3_XXS = read_codebook("IQ3_XXS", 4, even=True, shrink=0.95, enlarge=1.015)
-BOOK_3_S = read_codebook("IQ3_S", 1, even=False, shrink=1.0, enlarge=1.02)
+BOOK_2_XXS = read_codebook("IQ2_XXS", 8, even=True, shrink=0.95, enlarge=1.05, tries=4)
+BOOK_2_XS = read_codebook("IQ2_XS", 8, even=True, shrink=0.95, enlarge=1.03, tries=4)
+BOOK_2_S = read_codebook("IQ2_S", 8, even=False, shrink=0.95, enlarge=1.04, tries=2)
+BOOK_3_XXS = read_codebook("IQ3_XXS", 4, even=True, shrink=0.95, enlarge=1.015, tries=4)
+BOOK_3_S = read_codebook("IQ3_S", 1, even=False, shrink=1.0, enlarge=1.02, tries=2)
 
 search_2_xxs, search_2_xs, search_2_s = map(compile_search, (BOOK_2_XXS, BOOK_2_XS, BOOK_2_S))
 search_3_xxs, search_3_s = compile_search(BOOK_3_XXS), compile_search(BOOK_3_S)
