@@ -5,8 +5,8 @@ is the sum of two of these, and of entries that share a first half only the leas
 one instruction an entry. So that the least error says whose it is, the last seven bits of the sums are the
 number of the half (errors are not negative, and order holds but for ties within 1 in 65536).
 
-Where signs come in even sets, which weight of an odd one gets the wrong sign is settled before: the one
-that costs least if any combination of levels were an entry. Trying all eight takes twice the time and lowers the
+Where signs come in even sets, which weight of an odd one gets the wrong sign is settled before: the one that
+costs least if any combination of levels were an entry. Trying all eight takes twice the time and lowers the
 error by half a percent; the same time spent on more scales lowers it by two to five.
 """
 
@@ -16,16 +16,17 @@ import functools
 from collections.abc import Callable
 
 import numpy as np
+from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic, register_jitable
 
 from llmcompress.grids.codebook import Codebook
 from llmcompress.grids.lanes import (
     LANES,
+    WIDTH,
     absolute,
     fma,
     load,
-    load_row,
     maximum,
     minimum,
     number_of,
@@ -33,7 +34,6 @@ from llmcompress.grids.lanes import (
     select,
     splat,
     store,
-    store_row,
     tagged,
 )
 
@@ -94,19 +94,37 @@ def level_errors(sizes, w, j, first, count, step, book, errors):
             store(errors, levels * k + c, weight * difference * difference)
 
 
+class _Rows:
+    """The rows of a contiguous float32 array `(n, 16)`, for an intrinsic: its address is worked out once."""
+
+    def __init__(self, context, builder, array_type, array) -> None:
+        vector = ir.VectorType(ir.FloatType(), WIDTH)
+        data = context.make_array(array_type)(context, builder, array).data
+        self.builder, self.start = builder, builder.bitcast(data, vector.as_pointer())
+
+    def _place(self, k: int):
+        return self.builder.gep(self.start, [ir.Constant(ir.IntType(64), k)])
+
+    def load(self, k: int):
+        return self.builder.load(self._place(k), align=4)
+
+    def store(self, k: int, value) -> None:
+        self.builder.store(value, self._place(k), align=4)
+
+
 def _compile_sums(levels: int, weights: int) -> Callable:
     """`add_up(errors, sums)`: row n of `sums` is combination n of the rows that `level_errors` wrote."""
 
     @intrinsic
     def add_up(typing_context, errors, sums):
         def lower(context, builder, sig, args):
-            errors, sums = zip(sig.args, args)
+            errors, sums = (_Rows(context, builder, *pair) for pair in zip(sig.args, args))
             totals = [repeated(0.0)]
             for k in range(weights):
-                right = [load_row(context, builder, *errors, levels * k + c) for c in range(levels)]
+                right = [errors.load(levels * k + c) for c in range(levels)]
                 totals = [builder.fadd(total, error) for error in right for total in totals]
             for n, total in enumerate(totals):
-                store_row(context, builder, *sums, n, tagged(builder, total, n))
+                sums.store(n, tagged(builder, total, n))
             return context.get_dummy_value()
 
         return types.void(errors, sums), lower
@@ -129,13 +147,11 @@ def _compile_nearest(pairs: np.ndarray) -> Callable:
     @intrinsic
     def nearest(typing_context, firsts, seconds):
         def lower(context, builder, sig, args):
-            firsts, seconds = (
-                functools.partial(load_row, context, builder, *pair) for pair in zip(sig.args, args)
-            )
+            firsts, seconds = (_Rows(context, builder, *pair) for pair in zip(sig.args, args))
             best = [repeated(NONE)] * 3
             for half, others in _by_first_half(pairs):
-                first = firsts(half)
-                second = functools.reduce(functools.partial(_least, builder), map(seconds, others))
+                first = firsts.load(half)
+                second = functools.reduce(functools.partial(_least, builder), map(seconds.load, others))
                 total = builder.fadd(first, second)
                 better = builder.fcmp_ordered("<", total, best[0])
                 best = [builder.select(better, *pair) for pair in zip((total, first, second), best)]

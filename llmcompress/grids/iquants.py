@@ -1,8 +1,8 @@
 """IQ2_XXS, IQ2_XS, IQ2_S, IQ3_XXS, IQ3_S: 256 weights, four or eight at a time from a codebook.
 
 weight = sign d (2 scale + 1) level; d in float16, scales of sub-blocks 0..15. Layouts: `ggml-common.h` of
-llama.cpp. Errors are weighed as in llama.cpp's `quantize_row_*`, but for `temper`; IQ2_XXS and IQ2_XS, which it
-refuses to make without importance, then as with importance 1.
+llama.cpp. Errors are weighed as in llama.cpp's `quantize_row_*`, but for `temper`; IQ2_XXS and IQ2_XS, which
+it refuses to make without importance, then as with importance 1.
 """
 
 from __future__ import annotations
