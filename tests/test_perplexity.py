@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import gguf
@@ -15,6 +16,7 @@ import llmcompress
 from llmcompress.gguf.reader import GGUFFile
 from llmcompress.grids import GRIDS
 
+pytest_plugins = ["sample_files"]
 pytestmark = pytest.mark.slow
 
 WINDOW = 512
@@ -23,19 +25,6 @@ ALLOWED = {
     "F16": 0.05, "BF16": 0.5, "Q8_0": 0.5, "Q6_K": 1, "Q5_K_M": 2, "Q5_K_S": 2, "Q5_1": 2, "Q5_0": 2.5, "Q4_K_M": 5,
     "Q4_K_S": 6, "Q4_1": 8, "Q4_0": 10, "Q3_K_L": 15, "Q3_K_M": 18, "Q3_K_S": 30, "Q2_K": 80,
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def model(root: Path) -> Path:
-    return root / "examples" / "sample-llama-6m"
-
-
-@pytest.fixture(scope="module")
-def files(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """One file of every type, from one read."""
-    out = tmp_path_factory.mktemp("types") / "{type}.gguf"
-    result = llmcompress.quantize(model, out, type=["F32", *ALLOWED])
-    return {output.type: output.paths[0] for output in result.outputs}
 
 
 @pytest.fixture(scope="module")
@@ -166,10 +155,8 @@ ALLOWED_WEIGHTED = {
 
 
 @pytest.fixture(scope="module")
-def weighted_files(model: Path, imatrix: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    out = tmp_path_factory.mktemp("weighted") / "{type}.gguf"
-    result = llmcompress.quantize(model, out, type=[*ALLOWED_WEIGHTED], imatrix=str(imatrix))
-    return {output.type: output.paths[0] for output in result.outputs}
+def weighted_files(quantized: Callable[..., dict[str, Path]], imatrix: Path) -> dict[str, Path]:
+    return quantized([*ALLOWED_WEIGHTED], imatrix=str(imatrix))
 
 
 @pytest.mark.parametrize("name", ALLOWED_WEIGHTED)

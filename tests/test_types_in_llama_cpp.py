@@ -11,24 +11,13 @@ from llama_cpp import Model
 import llmcompress
 from llmcompress.gguf.reader import GGUFFile
 
+pytest_plugins = ["sample_files"]
 TEXT = "Now is the winter of our discontent made glorious summer by this sun of York"
 # Largest distance of the logits from those of F32, relative to their size.
 ALLOWED = {
     "IQ4_NL": 0.05, "IQ4_XS": 0.05, "MXFP4_MOE": 0.02, "Q2_0": 0.25, "TQ1_0": 0.35, "TQ2_0": 0.35,
     "Q1_0": 0.6,
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def model(root: Path) -> Path:
-    return root / "examples" / "sample-llama-6m"
-
-
-@pytest.fixture(scope="module")
-def files(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    out = tmp_path_factory.mktemp("types") / "{type}.gguf"
-    result = llmcompress.quantize(model, out, type=["F32", *ALLOWED])
-    return {output.type: output.paths[0] for output in result.outputs}
 
 
 def logits(path: Path) -> np.ndarray:

@@ -29,9 +29,10 @@ class Codebook(NamedTuple):
     even: bool  # whether signs come in even sets
     shrink: float  # the best step over what it were if every combination of levels were an entry, about
     enlarge: float  # d as it is stored over that of least squares
+    tries: int  # scales tried for a sub-block in each round
 
 
-def read_codebook(name: str, unit: int, even: bool, shrink: float, enlarge: float) -> Codebook:
+def read_codebook(name: str, unit: int, even: bool, shrink: float, enlarge: float, tries: int) -> Codebook:
     """The codebook of ggml's type `name`, from gguf-py; `unit` is what counts as 1 there."""
     table = getattr(quants, name)
     table.init_grid()
@@ -42,7 +43,7 @@ def read_codebook(name: str, unit: int, even: bool, shrink: float, enlarge: floa
     indices = np.zeros(halves * halves, np.int16)
     indices[pairs @ [halves, 1]] = np.arange(len(entries))
     entries, levels = (entries / unit).astype(np.float32), (levels / unit).astype(np.float32)
-    return Codebook(entries, levels, pairs, indices, even, shrink, enlarge)
+    return Codebook(entries, levels, pairs, indices, even, shrink, enlarge, tries)
 
 
 @register_jitable

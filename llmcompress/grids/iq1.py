@@ -2,8 +2,9 @@
 
 weight = d scale (code + shift), where scale is odd, 1 to 15, and shift is 1/8 or -1/8; d in float16. IQ1_S
 has a scale and a shift for 32 weights, IQ1_M a scale for 16 and a shift for 8. Layouts: `ggml-common.h` of
-llama.cpp; gguf-py brings the words. Errors are weighed as llama.cpp weighs them with importance; without,
-IQ1_S (which llama.cpp refuses then) is weighed as with importance 1, IQ1_M as Q3_K is, see `weigh_by_square`.
+llama.cpp; gguf-py brings the words. Errors are weighed as llama.cpp weighs them with importance, but for
+`temper`; without, IQ1_S (which llama.cpp refuses then) is weighed as with importance 1, IQ1_M as Q3_K is, see
+`weigh_by_square`.
 
 The word for eight weights is found from their nearest codes. Where these are no word, one or two of them go
 to their second nearest, so that least is lost: a table tells which single changes lead to a word. Two
@@ -18,8 +19,9 @@ import numpy as np
 from numba.extending import register_jitable
 
 from llmcompress.grids.block_loop import searched_grid
+from llmcompress.grids.codebook_blocks import temper
 from llmcompress.grids.floats import half_to_float, read_half
-from llmcompress.grids.kquants import BLOCK, sum_of_squares, weigh, weigh_by_square
+from llmcompress.grids.kquants import BLOCK, sum_of_squares, weigh_by_square, weigh_with_energy
 from llmcompress.grids.lanes import (
     WIDTH,
     absolute,
@@ -347,6 +349,13 @@ def decode_iq1_m(data, values):
             shift = np.float32(-SHIFT if high & 8 else SHIFT)
             for j in range(GROUP):
                 values[16 * i + 8 * k + j] = step * (np.float32(CODES[entry, j]) + shift)
+
+
+@register_jitable
+def weigh(x, w, row_energy):
+    """w = importance sqrt(2 mean square of the block + x^2), importance tempered."""
+    temper(w)
+    weigh_with_energy(x, w, sum_of_squares(x, 0, BLOCK) / 128.0)
 
 
 @register_jitable

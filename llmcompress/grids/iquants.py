@@ -1,8 +1,8 @@
 """IQ2_XXS, IQ2_XS, IQ2_S, IQ3_XXS, IQ3_S: 256 weights, four or eight at a time from a codebook.
 
 weight = sign d (2 scale + 1) level; d in float16, scales of sub-blocks 0..15. Layouts: `ggml-common.h` of
-llama.cpp. Errors are weighed as in llama.cpp's `quantize_row_*`; IQ2_XXS and IQ2_XS, which it refuses to
-make without importance, then as with importance 1.
+llama.cpp. Errors are weighed as in llama.cpp's `quantize_row_*`, but for `temper`; IQ2_XXS and IQ2_XS, which
+it refuses to make without importance, then as with importance 1.
 """
 
 from __future__ import annotations
@@ -12,22 +12,22 @@ from numba.extending import register_jitable
 
 from llmcompress.grids.block_loop import searched_grid
 from llmcompress.grids.codebook import decode_entry, read_codebook, whole_signs
-from llmcompress.grids.codebook_blocks import BLOCK, fit_entries
+from llmcompress.grids.codebook_blocks import BLOCK, fit_entries, temper
 from llmcompress.grids.codebook_search import compile_search
 from llmcompress.grids.floats import read_half
 from llmcompress.grids.grid import Grid
-from llmcompress.grids.kquants import sum_of_squares, weigh, weigh_q2_k, weigh_with_energy
+from llmcompress.grids.kquants import sum_of_squares, weigh_with_energy
 from llmcompress.grids.lanes import WIDTH, fma, load, splat, store
 from llmcompress.grids.rounding import store_half
 
 # Least squares leaves weights of few bits too small. A larger d spends some of the lead over llama.cpp in
 # weighted error, and the model gains: on a Llama of 6 M weights the KL divergence of IQ2_XXS falls by a
 # fifth, that of IQ3_XXS by a tenth.
-BOOK_2_XXS = read_codebook("IQ2_XXS", 8, even=True, shrink=0.95, enlarge=1.05)
-BOOK_2_XS = read_codebook("IQ2_XS", 8, even=True, shrink=0.95, enlarge=1.03)
-BOOK_2_S = read_codebook("IQ2_S", 8, even=False, shrink=0.95, enlarge=1.04)
-BOOK_3_XXS = read_codebook("IQ3_XXS", 4, even=True, shrink=0.95, enlarge=1.015)
-BOOK_3_S = read_codebook("IQ3_S", 1, even=False, shrink=1.0, enlarge=1.02)
+BOOK_2_XXS = read_codebook("IQ2_XXS", 8, even=True, shrink=0.95, enlarge=1.05, tries=4)
+BOOK_2_XS = read_codebook("IQ2_XS", 8, even=True, shrink=0.95, enlarge=1.045, tries=6)
+BOOK_2_S = read_codebook("IQ2_S", 8, even=False, shrink=0.95, enlarge=1.04, tries=2)
+BOOK_3_XXS = read_codebook("IQ3_XXS", 4, even=True, shrink=0.95, enlarge=1.015, tries=4)
+BOOK_3_S = read_codebook("IQ3_S", 1, even=False, shrink=1.0, enlarge=1.02, tries=2)
 
 search_2_xxs, search_2_xs, search_2_s = map(compile_search, (BOOK_2_XXS, BOOK_2_XS, BOOK_2_S))
 search_3_xxs, search_3_s = compile_search(BOOK_3_XXS), compile_search(BOOK_3_S)
@@ -36,6 +36,20 @@ search_3_xxs, search_3_s = compile_search(BOOK_3_XXS), compile_search(BOOK_3_S)
 TRIALS_2 = np.array([0.2, 0.25, 0.3, 0.36, 0.43, 0.5], np.float32)
 TRIALS_3 = np.array([0.07, 0.09, 0.11, 0.13, 0.16, 0.2], np.float32)
 SCALE_TRIALS = (1 / np.array([28.5, 29.5, 30.2, 31.0, 31.6])).astype(np.float32)
+
+
+@register_jitable
+def weigh(x, w, row_energy):
+    """w = importance sqrt(2 mean square of the block + x^2), importance tempered."""
+    temper(w)
+    weigh_with_energy(x, w, sum_of_squares(x, 0, BLOCK) / 128.0)
+
+
+@register_jitable
+def weigh_2(x, w, row_energy):
+    """w = importance sqrt(mean square of the block + x^2), importance tempered."""
+    temper(w)
+    weigh_with_energy(x, w, sum_of_squares(x, 0, BLOCK) / 256.0)
 
 
 @register_jitable
@@ -221,8 +235,8 @@ def _grid(name: str, ggml_type: int, block_bytes: int, *functions, trials: np.nd
     return searched_grid(name, ggml_type, BLOCK, block_bytes, *functions, (trials, SCALE_TRIALS))
 
 
-IQ2_XXS = _grid("IQ2_XXS", 16, 66, weigh_q2_k, weigh_evenly, encode_iq2_xxs, decode_iq2_xxs, trials=TRIALS_2)
-IQ2_XS = _grid("IQ2_XS", 17, 74, weigh_q2_k, weigh_evenly, encode_iq2_xs, decode_iq2_xs, trials=TRIALS_2)
+IQ2_XXS = _grid("IQ2_XXS", 16, 66, weigh_2, weigh_evenly, encode_iq2_xxs, decode_iq2_xxs, trials=TRIALS_2)
+IQ2_XS = _grid("IQ2_XS", 17, 74, weigh_2, weigh_evenly, encode_iq2_xs, decode_iq2_xs, trials=TRIALS_2)
 IQ2_S = _grid("IQ2_S", 22, 82, weigh, weigh_iq2_s, encode_iq2_s, decode_iq2_s, trials=TRIALS_2)
 IQ3_XXS = _grid("IQ3_XXS", 18, 98, weigh, weigh_iq3, encode_iq3_xxs, decode_iq3_xxs, trials=TRIALS_3)
 IQ3_S = _grid("IQ3_S", 21, 110, weigh, weigh_iq3, encode_iq3_s, decode_iq3_s, trials=TRIALS_3)
