@@ -265,7 +265,9 @@ def groups_held(state: Path) -> int:
 
 
 @pytest.mark.parametrize("name", ["llama", "mixtral"])
-@pytest.mark.parametrize("after", [100, 512, 600, 1200])  # tokens x blocks: a group has 512
+@pytest.mark.parametrize(  # tokens x blocks: a group has 512
+    "after", [100, 600, *(pytest.param(after, marks=pytest.mark.slow) for after in (512, 1200))]
+)
 def test_a_stopped_calibration_goes_on_to_the_same_bytes(
     name: str, after: int, tiny: Tiny, tmp_path: Path
 ) -> None:
