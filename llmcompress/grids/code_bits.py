@@ -7,6 +7,7 @@ that chooses codes works on every format here, and knows the bytes of none.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ import numpy as np
 
 from llmcompress.grids.compiled import compiled
 from llmcompress.grids.grid import Grid
+from llmcompress.grids.integer import HEAD, IntegerGrid
 from llmcompress.grids.nonlinear import LEVELS
 
 Places = tuple[tuple[int, int], ...]  # byte and shift of each weight's bits
@@ -72,11 +74,19 @@ CODE_BITS: dict[str, CodeBits] = {
 }  # fmt: skip
 
 
+@functools.lru_cache(maxsize=64)
+def code_bits(grid: Grid) -> CodeBits | None:
+    """Where a format's codes lie; None for a format whose weights are not coded one by one."""
+    if isinstance(grid, IntegerGrid):
+        return CodeBits(grid.bits, _places(grid.block, lambda i: (HEAD + i, 0)))
+    return CODE_BITS.get(grid.name)
+
+
 def levels_of(grid: Grid) -> np.ndarray:
     """float32 (codes,): the level that each code stands for, ascending."""
     if grid.name.startswith("IQ4"):
         return np.asarray(LEVELS, np.float32)
-    return np.arange(2 ** CODE_BITS[grid.name].bits, dtype=np.float32)
+    return np.arange(2 ** code_bits(grid).bits, dtype=np.float32)
 
 
 def lattice_of(grid: Grid, data: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -105,8 +115,9 @@ def put_codes(grid: Grid, data: np.ndarray, codes: np.ndarray) -> np.ndarray:
     return data
 
 
+@functools.lru_cache(maxsize=64)
 def _tables(grid: Grid) -> tuple[np.ndarray, int, np.ndarray, int]:
-    bits = CODE_BITS[grid.name]
+    bits = code_bits(grid)
     low, high = (np.array(places, np.int64).reshape(-1, 2) for places in (bits.low, bits.high))
     return low, bits.low_bits, high, bits.high_bits
 

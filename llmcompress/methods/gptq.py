@@ -9,13 +9,14 @@ its error is below that of rounding to nearest.
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from llmcompress.grids.code_bits import CODE_BITS, get_codes, lattice_of, levels_of, put_codes
+from llmcompress.grids.code_bits import code_bits, get_codes, lattice_of, levels_of, put_codes
 from llmcompress.grids.compiled import compiled
 from llmcompress.grids.grid import Grid
 
@@ -55,21 +56,34 @@ class Solver:
         """float32 (columns,): the diagonal of H, what an importance matrix holds."""
         return np.ascontiguousarray(self.hessian.diagonal())
 
+    @functools.cached_property
+    def by_importance(self) -> tuple[np.ndarray, Solver]:
+        """The columns in the order of their importance, the largest first, and the solver for them in that order."""
+        order = np.argsort(-self.hessian.diagonal(), kind="stable")
+        return order, Solver.of(self.hessian[np.ix_(order, order)])
+
 
 def supports(grid: Grid) -> bool:
     """Whether a grid's codes can be chosen one by one."""
-    return grid.name in CODE_BITS
+    return code_bits(grid) is not None
 
 
-def quantize(weights: np.ndarray, grid: Grid, solver: Solver, effort: str = "normal") -> np.ndarray:
+def quantize(
+    weights: np.ndarray, grid: Grid, solver: Solver, effort: str = "normal", act_order: bool = False
+) -> np.ndarray:
     """Round float32 (rows, columns) to `grid`; returns uint8 (rows, row_bytes).
 
-    No row has a larger error e H eᵀ than rounded to nearest with the importance diag(H).
+    No row has a larger error e H eᵀ than rounded to nearest with the importance diag(H). With `act_order` the columns
+    are rounded in the order of their importance, on the scales of rounding to nearest; so they are where blocks
+    are wider than a sweep.
     """
     nearest = grid.quantize(weights, solver.importance, effort)
     if solver.factor is None or not supports(grid):
         return nearest
-    fed = _feed_errors(weights, grid, solver, effort)
+    if act_order or WIDTH % grid.block:
+        fed = _feed_errors_on(weights, grid, nearest, solver, act_order)
+    else:
+        fed = _feed_errors(weights, grid, solver, effort)
     best = _descend(weights, grid, fed, solver, ROUNDS[effort])
     worse = _errors(weights, grid, best, solver) > _errors(weights, grid, nearest, solver)
     best[worse] = nearest[worse]
@@ -107,20 +121,45 @@ def _inverse_factor(hessian: torch.Tensor, added: torch.Tensor) -> torch.Tensor 
 
 
 def _feed_errors(weights: np.ndarray, grid: Grid, solver: Solver, effort: str) -> np.ndarray:
-    """GPTQ's sweep over the columns; returns encoded rows."""
+    """GPTQ's sweep over the columns, scales fitted as it gets to them; returns encoded rows."""
     left = weights.copy()  # the weights, less what the errors so far ask of them
-    levels, uniform = levels_of(grid), _uniform(grid)
     encoded = []
     for first in range(0, weights.shape[1], WIDTH):
         block = slice(first, first + WIDTH)
         data = grid.quantize(left[:, block], solver.importance[block], effort)
-        scale, offset = lattice_of(grid, data)
-        codes, errors = np.empty(scale.shape, np.uint8), np.empty(scale.shape, np.float32)
-        factor = np.ascontiguousarray(solver.factor[block, block])
-        _sweep(np.ascontiguousarray(left[:, block]), scale, offset, levels, uniform, factor, codes, errors)
-        encoded.append(put_codes(grid, data, codes))
-        left[:, block.stop :] -= _product(errors, solver.factor[block, block.stop :])
+        encoded.append(
+            put_codes(grid, data, _round_block(left, block, *lattice_of(grid, data), grid, solver))
+        )
     return np.concatenate(encoded, axis=1)
+
+
+def _feed_errors_on(
+    weights: np.ndarray, grid: Grid, data: np.ndarray, solver: Solver, act_order: bool
+) -> np.ndarray:
+    """The sweep on the scales of `data`, encoded rows, in either order of the columns."""
+    order, ordered = solver.by_importance if act_order else (slice(None), solver)
+    left = weights[:, order].copy()
+    scale, offset = (lattice[:, order] for lattice in lattice_of(grid, data))
+    codes = np.empty(weights.shape, np.uint8)
+    for first in range(0, weights.shape[1], WIDTH):
+        block = slice(first, first + WIDTH)
+        codes[:, block] = _round_block(left, block, scale[:, block], offset[:, block], grid, ordered)
+    if act_order:
+        codes[:, order] = codes.copy()
+    return put_codes(grid, data, codes)
+
+
+def _round_block(
+    left: np.ndarray, block: slice, scale: np.ndarray, offset: np.ndarray, grid: Grid, solver: Solver
+) -> np.ndarray:
+    """The codes of a block of columns, uint8, on scales and offsets of its size; the columns of `left` behind it
+    make up for its errors."""
+    codes, errors = np.empty(scale.shape, np.uint8), np.empty(scale.shape, np.float32)
+    lattice = np.ascontiguousarray(scale), np.ascontiguousarray(offset), levels_of(grid), _uniform(grid)
+    factor = np.ascontiguousarray(solver.factor[block, block])
+    _sweep(np.ascontiguousarray(left[:, block]), *lattice, factor, codes, errors)
+    left[:, block.stop :] -= _product(errors, solver.factor[block, block.stop :])
+    return codes
 
 
 def _descend(weights: np.ndarray, grid: Grid, data: np.ndarray, solver: Solver, rounds: int) -> np.ndarray:
