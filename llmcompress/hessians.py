@@ -7,7 +7,6 @@ Weights with the same inputs (q, k and v; gate and up) share a file.
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from llmcompress.errors import LlmcompressError, shown
-from llmcompress.gguf.imatrix import SHRINKAGE_TOKENS, mean_squares
+from llmcompress.gguf.imatrix import SHRINKAGE_TOKENS, mean_squares, scarce_notes
 from llmcompress.json_object import read_object
 from llmcompress.stats import TensorStats
 from llmcompress.whole_file import whole_file
@@ -66,15 +65,17 @@ class HessianFolder:
             )
         held = read_object(self.source / INDEX)
         self.entries: dict[str, list[dict[str, Any]]] = held.get("weights")
-        if not isinstance(self.entries, dict) or not all(map(_is_places, self.entries.values())):
+        self.datasets, self.chunks = held.get("datasets", []), held.get("chunks")
+        if not (
+            isinstance(self.entries, dict)
+            and all(map(_is_places, self.entries.values()))
+            and isinstance(self.datasets, list)
+            and all(isinstance(name, str) for name in self.datasets)
+            and (self.chunks is None or _is_count(self.chunks))
+        ):
             raise LlmcompressError(f"{self.source / INDEX}: is damaged; calibrate again")
-        self.datasets, self.chunks = tuple(held.get("datasets", ())), held.get("chunks")
-        few = [name for name, places in self.entries.items() if _fewest(places) < SHRINKAGE_TOKENS]
-        self.notes = tuple(
-            f"{name}: experts with fewer than {SHRINKAGE_TOKENS} tokens are rounded to nearest"
-            for name in few
-        )
-        self._lock = threading.Lock()
+        self.datasets = tuple(self.datasets)
+        self.notes = tuple(scarce_notes({name: _tokens(places) for name, places in self.entries.items()}))
 
     def weights(self, name: str, matrices: int, inputs: int) -> np.ndarray:
         """Mean squared inputs, float32 (matrices, inputs): the diagonals of the sums over their tokens."""
@@ -85,7 +86,7 @@ class HessianFolder:
                 f"is for {squares.shape[0]} x {squares.shape[1]} inputs, the weight has {matrices} x {inputs}"
             )
             raise LlmcompressError(f"{self.source}: {shown(name)} {held}; it was made from another model")
-        return mean_squares(np.array([place["tokens"] for place in places]), squares)
+        return mean_squares(_tokens(places), squares)
 
     def products(self, name: str, matrix: int) -> np.ndarray | None:
         """XᵀX, float32 (inputs, inputs), of one matrix of a weight; None where too few tokens reached it."""
@@ -104,7 +105,8 @@ class HessianFolder:
                 sums = file.get_slice("products")[place["matrix"]]
         except (SafetensorError, OSError, IndexError) as error:
             raise LlmcompressError(f"{path}: cannot be read ({error}); calibrate again") from None
-        if sums.ndim != 2 or sums.shape[0] != sums.shape[1] or not np.isfinite(sums).all():
+        square = sums.ndim == 2 and sums.shape[0] == sums.shape[1]
+        if not square or sums.dtype != np.float32 or not np.isfinite(sums).all():
             raise LlmcompressError(f"{path}: holds no sums of products; calibrate again")
         return sums
 
@@ -112,10 +114,15 @@ class HessianFolder:
 def _is_places(places: object) -> bool:
     return isinstance(places, list) and bool(places) and all(
         isinstance(place, dict) and isinstance(place.get("file"), str) and Path(place["file"]).name == place["file"]
-        and isinstance(place.get("matrix"), int) and isinstance(place.get("tokens"), int)
+        and _is_count(place.get("matrix")) and _is_count(place.get("tokens"))
         for place in places
     )  # fmt: skip
 
 
-def _fewest(places: list[dict[str, Any]]) -> int:
-    return min(place["tokens"] for place in places)
+def _is_count(value: object) -> bool:
+    return type(value) is int and 0 <= value < 2**63
+
+
+def _tokens(places: list[dict[str, Any]]) -> np.ndarray:
+    """int64 (matrices,)."""
+    return np.array([place["tokens"] for place in places], np.int64)

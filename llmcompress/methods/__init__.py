@@ -1,3 +1,4 @@
 """Methods decide what is put on a grid: one file each, named by the word the user types. None knows a byte layout."""
 
 METHODS = ("nearest", "gptq")
+FIRST_RUNG = "damping 0.01"  # what GPTQ does to H if it is sound

@@ -10,20 +10,20 @@ its error is below that of rounding to nearest.
 from __future__ import annotations
 
 import functools
-import math
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from llmcompress.grids.code_bits import code_bits, get_codes, lattice_of, levels_of, put_codes
-from llmcompress.grids.compiled import compiled
 from llmcompress.grids.grid import Grid
+from llmcompress.methods.columns import descend, sweep
 
 WIDTH = 256  # columns whose codes are chosen before the rest hears of their errors: a multiple of every block
 DAMPING = 0.01  # of the mean of H's diagonal; doubled while H is not positive definite
 LARGEST_DAMPING = 1.0
 FLOOR = 1e-6  # of the largest diagonal element
+LEAST_ROWS = 64  # of a product
 ROUNDS = {"fast": 0, "normal": 8, "best": 32}  # of coordinate descent at most
 
 
@@ -155,9 +155,9 @@ def _round_block(
     """The codes of a block of columns, uint8, on scales and offsets of its size; the columns of `left` behind it
     make up for its errors."""
     codes, errors = np.empty(scale.shape, np.uint8), np.empty(scale.shape, np.float32)
-    lattice = np.ascontiguousarray(scale), np.ascontiguousarray(offset), levels_of(grid), _uniform(grid)
+    lattice = np.ascontiguousarray(scale), np.ascontiguousarray(offset), *_levels(grid)
     factor = np.ascontiguousarray(solver.factor[block, block])
-    _sweep(np.ascontiguousarray(left[:, block]), *lattice, factor, codes, errors)
+    sweep(np.ascontiguousarray(left[:, block]), *lattice, factor, codes, errors)
     left[:, block.stop :] -= _product(errors, solver.factor[block, block.stop :])
     return codes
 
@@ -165,10 +165,10 @@ def _round_block(
 def _descend(weights: np.ndarray, grid: Grid, data: np.ndarray, solver: Solver, rounds: int) -> np.ndarray:
     """Codes moved one at a time to where the row's error is least, the scales of `data` fixed."""
     pull = _product(weights - grid.dequantize(data), solver.hessian)  # e H, (rows, columns)
-    scale, offset = lattice_of(grid, data)
+    scale, _ = lattice_of(grid, data)
     codes = get_codes(grid, data)
     order = np.argsort(-solver.hessian.diagonal(), kind="stable")
-    _move_codes(pull, solver.hessian, codes, scale, offset, levels_of(grid), _uniform(grid), order, rounds)
+    descend(pull, solver.hessian, codes, scale, *_levels(grid), order, rounds)
     return put_codes(grid, data, codes)
 
 
@@ -179,57 +179,17 @@ def _errors(weights: np.ndarray, grid: Grid, data: np.ndarray, solver: Solver) -
 
 
 def _product(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    return (torch.from_numpy(np.ascontiguousarray(a)) @ torch.from_numpy(np.ascontiguousarray(b))).numpy()
+    """a b, so that a row of it does not depend on how many there are: matrices of few rows, for which BLAS has loops of
+    their own, get rows of zeros."""
+    rows = len(a)
+    if rows < LEAST_ROWS:
+        a = np.concatenate([a, np.zeros((LEAST_ROWS - rows, a.shape[1]), a.dtype)])
+    return (torch.from_numpy(np.ascontiguousarray(a)) @ torch.from_numpy(np.ascontiguousarray(b))).numpy()[
+        :rows
+    ]
 
 
-def _uniform(grid: Grid) -> bool:
-    return not grid.name.startswith("IQ4")
-
-
-@compiled(inline="always")
-def _nearest_code(weight, scale, offset, levels, uniform):
-    if scale == 0:
-        return 0
-    at = (weight - offset) / scale
-    if uniform:
-        return min(max(int(math.floor(at + np.float32(0.5))), 0), len(levels) - 1)
-    code = 0
-    while code < len(levels) - 1 and at > np.float32(0.5) * (levels[code] + levels[code + 1]):
-        code += 1
-    return code
-
-
-@compiled(fastmath=True)
-def _sweep(left, scale, offset, levels, uniform, factor, codes, errors):
-    """Codes and scaled errors of a block of columns; `left` is used up."""
-    rows, columns = left.shape
-    for row in range(rows):
-        for j in range(columns):
-            code = _nearest_code(left[row, j], scale[row, j], offset[row, j], levels, uniform)
-            error = (left[row, j] - (offset[row, j] + scale[row, j] * levels[code])) / factor[j, j]
-            codes[row, j], errors[row, j] = code, error
-            for i in range(j, columns):
-                left[row, i] -= error * factor[j, i]
-
-
-@compiled(fastmath=True)
-def _move_codes(pull, hessian, codes, scale, offset, levels, uniform, order, rounds):
-    """`pull` is e H. Moving weight j by x changes the row's error by x² Hjj - 2 x pull[j]: best at pull[j] / Hjj."""
-    rows, columns = pull.shape
-    for row in range(rows):
-        for _ in range(rounds):
-            moved = False
-            for j in order:
-                step, old = scale[row, j], codes[row, j]
-                value = offset[row, j] + step * levels[old]
-                code = _nearest_code(
-                    value + pull[row, j] / hessian[j, j], step, offset[row, j], levels, uniform
-                )
-                if step != 0 and code != old:
-                    change = step * (levels[code] - levels[old])
-                    codes[row, j] = code
-                    moved = True
-                    for i in range(columns):
-                        pull[row, i] -= change * hessian[j, i]
-            if not moved:
-                break
+def _levels(grid: Grid) -> tuple[np.ndarray, np.ndarray, bool]:
+    """A grid's levels, the middles between each two, float32, and whether they are 0, 1, 2 ..."""
+    levels = levels_of(grid)
+    return levels, (levels[1:] + levels[:-1]) / 2, bool((levels == np.arange(len(levels))).all())

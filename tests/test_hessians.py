@@ -1,0 +1,156 @@
+"""Folders of XᵀX: who shares a file, what a damaged or hostile one is told, and whole jobs that read them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+import llmcompress
+from llmcompress.errors import LlmcompressError
+from llmcompress.hessians import INDEX, HessianFolder, write_index
+from llmcompress.stats import TensorStats
+
+Make = Callable[..., Path]
+
+
+def save(folder: Path, name: str, inputs: np.ndarray) -> TensorStats:
+    """Sums of inputs (matrices, tokens, columns) as `calibrate` leaves them."""
+    products = np.einsum("mti,mtj->mij", inputs, inputs).astype(np.float32)
+    safetensors.numpy.save_file({"products": products}, folder / f"{name}.safetensors")
+    tokens = np.full(len(inputs), inputs.shape[1])
+    return TensorStats(tokens, np.square(inputs).sum(1))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """q and k with the same inputs, and two experts, of which the second saw two tokens."""
+    rng = np.random.default_rng(0)
+    shared, experts = rng.standard_normal((1, 64, 4)), rng.standard_normal((2, 64, 4))
+    sums = {"a.q": save(tmp_path, "a.q", shared), "a.k": save(tmp_path, "a.k", shared)}
+    sums["a.up"] = save(tmp_path, "a.up", experts)
+    sums["a.up"].tokens[1] = 2
+    places = {"q": [("a.q", 0)], "k": [("a.k", 0)], "up": [("a.up", 0), ("a.up", 1)], "none": [("b", 0)]}
+    write_index(tmp_path, places, sums, {"datasets": ["prose"], "chunks": 3})
+    return tmp_path
+
+
+def test_weights_with_the_same_inputs_share_a_file(folder: Path) -> None:
+    assert sorted(path.name for path in folder.iterdir()) == ["a.k.safetensors", "a.up.safetensors", INDEX]
+    held = HessianFolder(folder)
+    assert set(held.entries) == {"q", "k", "up"} and held.datasets == ("prose",) and held.chunks == 3
+    assert held.shared("q", 0) == held.shared("k", 0) != held.shared("up", 0) != held.shared("up", 1)
+    np.testing.assert_array_equal(held.products("q", 0), held.products("k", 0))
+
+
+def test_weights_are_the_means_of_the_diagonal_and_cold_experts_have_no_products(folder: Path) -> None:
+    held = HessianFolder(folder)
+    np.testing.assert_allclose(held.weights("q", 1, 4)[0], np.diagonal(held.products("q", 0)) / 64, rtol=1e-6)
+    assert held.products("up", 0).shape == (4, 4) and held.products("up", 1) is None
+    assert any("up" in note and "experts" in note for note in held.notes)
+    assert not any(note.startswith("q:") for note in held.notes)
+
+
+def test_a_file_of_another_model_or_size_is_refused(folder: Path) -> None:
+    held = HessianFolder(folder)
+    with pytest.raises(
+        LlmcompressError, match=r"q.*is for 1 x 4 inputs, the weight has 1 x 8.*another model"
+    ):
+        held.weights("q", 1, 8)
+    with pytest.raises(LlmcompressError, match="another model"):
+        held.weights("up", 3, 4)
+
+
+def test_a_folder_without_an_index_is_told_how_to_make_one(tmp_path: Path) -> None:
+    with pytest.raises(LlmcompressError, match="calibrate MODEL --hessian"):
+        HessianFolder(tmp_path)
+
+
+def rewritten(folder: Path, change: Callable[[dict], object]) -> Path:
+    index = json.loads((folder / INDEX).read_text())
+    change(index)
+    (folder / INDEX).write_text(json.dumps(index))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda index: index.pop("weights"),
+        lambda index: index.update(weights=[]),
+        lambda index: index["weights"].update(q=[]),
+        lambda index: index["weights"].update(q={}),
+        lambda index: index["weights"]["q"].append(3),
+        lambda index: index["weights"]["q"][0].update(file="../elsewhere.safetensors"),
+        lambda index: index["weights"]["q"][0].update(file="/etc/passwd"),
+        lambda index: index["weights"]["q"][0].update(file=7),
+        lambda index: index["weights"]["q"][0].update(matrix="0"),
+        lambda index: index["weights"]["q"][0].update(matrix=-1),
+        lambda index: index["weights"]["q"][0].update(tokens=-3),
+        lambda index: index["weights"]["q"][0].update(tokens=None),
+        lambda index: index["weights"]["q"][0].update(tokens=True),
+        lambda index: index["weights"]["q"][0].pop("tokens"),
+        lambda index: index.update(datasets=5),
+        lambda index: index.update(datasets=[5]),
+        lambda index: index.update(chunks="many"),
+        lambda index: index.update(chunks=-1),
+    ],
+)
+def test_a_damaged_or_hostile_index_is_refused(folder: Path, change: Callable[[dict], object]) -> None:
+    with pytest.raises(LlmcompressError, match=f"{INDEX}: is damaged"):
+        HessianFolder(rewritten(folder, change))
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", '{"weights": ' + "[" * 100_000])
+def test_an_index_that_is_no_json_object_is_refused(folder: Path, text: str) -> None:
+    (folder / INDEX).write_text(text)
+    with pytest.raises(LlmcompressError, match=INDEX):
+        HessianFolder(folder)
+
+
+def damaged_files() -> dict[str, Callable[[Path], object]]:
+    ones = np.ones((1, 4, 4), np.float32)
+    broken = {
+        "nan": ones * np.nan,
+        "infinite": ones * np.inf,
+        "oblong": ones[:, :3],
+        "flat": ones[0],
+        "few": ones[:0],
+    }
+    broken["integers"] = ones.astype(np.int32)
+    changes: dict[str, Callable[[Path], object]] = {
+        name: lambda path, array=array: safetensors.numpy.save_file({"products": array}, path)
+        for name, array in broken.items()
+    }
+    changes["without products"] = lambda path: safetensors.numpy.save_file({"other": ones}, path)
+    changes["gone"] = lambda path: path.unlink()
+    changes["empty"] = lambda path: path.write_bytes(b"")
+    changes["cut"] = lambda path: path.write_bytes(path.read_bytes()[:-5])
+    changes["a folder"] = lambda path: (path.unlink(), path.mkdir())
+    return changes
+
+
+@pytest.mark.parametrize("change", damaged_files().values(), ids=damaged_files())
+def test_a_damaged_file_of_sums_is_refused_by_name(folder: Path, change: Callable[[Path], object]) -> None:
+    change(folder / "a.k.safetensors")
+    held = HessianFolder(folder)
+    for ask in (lambda: held.weights("k", 1, 4), lambda: held.products("q", 0)):
+        with pytest.raises(LlmcompressError, match="a.k.safetensors: .*calibrate again"):
+            ask()
+
+
+def test_a_matrix_beyond_the_file_is_refused(folder: Path) -> None:
+    held = HessianFolder(rewritten(folder, lambda index: index["weights"]["q"][0].update(matrix=1)))
+    with pytest.raises(LlmcompressError, match="a.k.safetensors: .*calibrate again"):
+        held.products("q", 0)
+
+
+def test_a_folder_of_another_model_ends_the_plan(folder: Path, root: Path, tmp_path: Path) -> None:
+    with pytest.raises(LlmcompressError, match="none of its 3 entries names a tensor of this model"):
+        llmcompress.quantize(
+            root / "examples" / "sample-llama-6m", tmp_path / "out.gguf", method="gptq", hessian=str(folder)
+        )
