@@ -13,7 +13,7 @@ from llmcompress.converters.from_gguf import DecodedGGUF
 from llmcompress.block_weights import PartWeights, empty_model
 from llmcompress.blocks import DEFAULT_HIDDEN_BYTES, Lockstep
 from llmcompress.checkpoint import Checkpoint
-from llmcompress.compute import compute_device, compute_dtype
+from llmcompress.compute import DTYPES, compute_device, precision_of
 from llmcompress.errors import CheckpointError, LlmcompressError
 
 
@@ -23,9 +23,8 @@ def lockstep_of(
     """The model of a checkpoint, ready to run on a device in a type, each by name or `auto`."""
     at = compute_device(device)
     matrix = max(checkpoint.index.values(), key=lambda tensor: tensor.rows)
-    return Lockstep.of(
-        checkpoint, compute_dtype(dtype, at.type, matrix.columns, matrix.dtype), at, hidden_ram
-    )
+    precision = precision_of(dtype, at.type, matrix.dtype)
+    return Lockstep.of(checkpoint, DTYPES[precision], at, hidden_ram, mixed=precision == "mixed")
 
 
 def read_tokenizer(directory: Path) -> transformers.PreTrainedTokenizerBase:

@@ -8,7 +8,9 @@ hands to its blocks pass through untouched, and no line here is about an archite
 from __future__ import annotations
 
 import contextlib
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +20,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from llmcompress.block_weights import PartWeights, Readable, WholeWeights, empty_model
+from llmcompress.compute import PRECISIONS, MixedProducts, narrow_matrices
 from llmcompress.errors import RunError
 from llmcompress.hidden_states import HiddenStates
 
@@ -45,14 +48,18 @@ class Lockstep:
 
     blocks: names of the decoder blocks, such as `model.layers.0`, in order. head: the output matrix's parameter, by
     the name that has a tensor in the checkpoint: the embedding's where they are tied.
-    `weights` are read as they are needed, onto `device`. Hidden states beyond `hidden_bytes` bytes wait in a file.
+    `weights` are read as they are needed, onto `device`. Hidden states beyond `hidden_bytes` bytes wait in a file. On a
+    CPU as many batches run side by side as torch has threads, each in one: of small matrices that is faster.
     """
+
+    mixed = False  # whether products are of bfloat16, see MixedProducts
 
     def __init__(
         self, model: PreTrainedModel, weights: PartWeights | WholeWeights, device: torch.device,
         hidden_bytes: int = DEFAULT_HIDDEN_BYTES,
     ) -> None:  # fmt: skip
         self.model, self.weights, self.device = model, weights, device
+        self.workers = torch.get_num_threads() if device.type == "cpu" else 1
         self.blocks, modules = _decoder_blocks(self.model)
         heads = self._owned_by(model.get_output_embeddings())
         own = {target.parameter for target in weights.targets.values()}
@@ -68,11 +75,21 @@ class Lockstep:
     @classmethod
     def of(
         cls, checkpoint: Readable, dtype: torch.dtype, device: torch.device,
-        hidden_bytes: int = DEFAULT_HIDDEN_BYTES,
+        hidden_bytes: int = DEFAULT_HIDDEN_BYTES, mixed: bool = False,
     ) -> Lockstep:  # fmt: skip
-        """The model of a checkpoint, one part of it in memory at a time, in `dtype`. Raises CheckpointError."""
+        """The model of a checkpoint, one part of it in memory at a time, in `dtype`; `mixed`, with the blocks'
+        matrices in bfloat16. Raises CheckpointError."""
         model = empty_model(checkpoint.directory, dtype, device)
-        return cls(model, PartWeights(model, checkpoint, device), device, hidden_bytes)
+        if mixed:
+            narrow_matrices(_decoder_blocks(model)[1])
+        lockstep = cls(model, PartWeights(model, checkpoint, device), device, hidden_bytes)
+        lockstep.mixed = mixed
+        return lockstep
+
+    @property
+    def precision(self) -> str:
+        """What the model computes in: f32, bf16, f16 or mixed."""
+        return "mixed" if self.mixed else PRECISIONS[self.model.dtype]
 
     def parameters_of(self, block: int) -> dict[str, nn.Parameter]:
         """The parameters and buffers of one block, by their full names."""
@@ -102,23 +119,55 @@ class Lockstep:
         hidden = waiting.hidden if isinstance(waiting, _Arrival) else _hidden_of(waiting)
         return hidden.to(self.device)
 
-    def through(self, block: int, seen: Callable[[int, torch.Tensor], None] | None = None) -> None:
+    def through(
+        self,
+        block: int,
+        seen: Callable[[int, torch.Tensor], None] | None = None,
+        watch: Callable[[int], contextlib.AbstractContextManager] | None = None,
+    ) -> None:
         """Take every batch through `block`, whose weights are loaded, and on to the next.
 
-        `seen(batch, output)` gets each output, (rows, tokens, hidden).
+        A batch runs inside `watch(batch)`, in a thread of its own; `seen(batch, output)` gets each output, (rows,
+        tokens, hidden), here and in order.
         """
-        for batch, call in enumerate(self._calls):
-            arrival = self._waiting[batch]
-            self._hidden.fetch(arrival.hidden, self.device)
-            output = self._forwards[block](*arrival.args, **arrival.kwargs)
+        for batch, output in self._outputs(block, watch or (lambda batch: contextlib.nullcontext())):
             if seen:
                 seen(batch, _hidden_of(output))
-            del arrival
             if block + 1 < len(self.blocks):
-                self._waiting[batch] = self._arrived(batch, call.switch(output), block + 1)
+                self._waiting[batch] = self._arrived(batch, self._calls[batch].switch(output), block + 1)
             else:  # what follows needs the head, and gives logits too large to hold for all
                 self._hidden.keep(batch, _hidden_of(output))
                 self._waiting[batch] = output
+
+    def _outputs(
+        self, block: int, watch: Callable[[int], contextlib.AbstractContextManager]
+    ) -> Iterator[tuple[int, Any]]:
+        """Batches and their outputs, in order, at most one more than there are workers under way."""
+        batches = range(len(self._calls))
+        if min(self.workers, len(batches)) < 2:
+            for batch in batches:
+                yield batch, self._run(block, self._fetched(batch), watch(batch))
+            return
+        with _one_thread_each(), ThreadPoolExecutor(self.workers) as pool:
+            running: deque[tuple[int, Future]] = deque()
+            for batch in batches:
+                running.append((batch, pool.submit(self._run, block, self._fetched(batch), watch(batch))))
+                if len(running) > self.workers:
+                    done, output = running.popleft()
+                    yield done, output.result()
+            while running:
+                done, output = running.popleft()
+                yield done, output.result()
+
+    @torch.no_grad()
+    def _run(self, block: int, arrival: _Arrival, watch: contextlib.AbstractContextManager) -> Any:
+        with MixedProducts() if self.mixed else contextlib.nullcontext(), watch:
+            return self._forwards[block](*arrival.args, **arrival.kwargs)
+
+    def _fetched(self, batch: int) -> _Arrival:
+        arrival = self._waiting[batch]
+        self._hidden.fetch(arrival.hidden, self.device)
+        return arrival
 
     def finish(self) -> Iterator[torch.Tensor]:
         """The logits of every batch in turn, (rows, tokens, vocabulary)."""
@@ -198,6 +247,17 @@ class Lockstep:
 
     def _state(self) -> dict[str, nn.Parameter]:
         return self.model.state_dict(keep_vars=True)
+
+
+@contextlib.contextmanager
+def _one_thread_each() -> Iterator[None]:
+    """torch's own operations run on one thread inside this context."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _decoder_blocks(model: nn.Module) -> tuple[list[str], list[nn.Module]]:

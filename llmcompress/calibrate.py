@@ -113,10 +113,7 @@ class _Pass:
         self.lockstep.start(self.group)
         for block in range(len(self.lockstep.blocks)):
             with self.lockstep.loaded(block) as parameters:
-                inputs = LinearInputs(_matrices(parameters), self._products)
-                with inputs:
-                    self.lockstep.through(block, lambda batch, output: self._passed(inputs, batch))
-                self._take(inputs)
+                self._take(self._through(block, _matrices(parameters)))
                 if after_block:
                     after_block(block, self.found)
         self._head()
@@ -126,20 +123,32 @@ class _Pass:
     def _products(self) -> bool:
         return self.state is not None and self.state.products is not None
 
-    def _passed(self, inputs: LinearInputs, batch: int) -> None:
-        inputs.batch = batch + 1
-        self.progress.advance(self.group[batch].numel())
+    def _through(self, block: int, matrices: Mapping[str, torch.Tensor]) -> LinearInputs:
+        """The inputs of a block's matrices: each batch's own, which may run side by side, added up in order."""
+        total = LinearInputs({}, self._products)
+        watches = {}
+
+        def watch(batch: int) -> LinearInputs:
+            watches[batch] = LinearInputs(matrices, self._products, batch)
+            return watches[batch]
+
+        def seen(batch: int, output: torch.Tensor) -> None:
+            total.merge(watches.pop(batch))
+            self.progress.advance(self.group[batch].numel())
+
+        self.lockstep.through(block, seen, watch)
+        return total
 
     def _head(self) -> None:
-        name = self.lockstep.head
-        inputs = LinearInputs({}, self._products)
+        total = LinearInputs({}, self._products)
 
         def seen(batch: int, hidden: torch.Tensor) -> None:
-            inputs.batch = batch
-            inputs.add(name, hidden)
+            inputs = LinearInputs({}, self._products, batch)
+            inputs.add(self.lockstep.head, hidden)
+            total.merge(inputs)
 
         self.lockstep.finish_before_head(seen)
-        self._take(inputs)
+        self._take(total)
 
     def _take(self, inputs: LinearInputs) -> None:
         """Add a block's sums to those found so far."""

@@ -2,33 +2,79 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from torch import nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 
 from llmcompress.errors import LlmcompressError, nearest
 from llmcompress.machine import cores
 
-DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
-# Narrower matrices are multiplied as fast in float32: 256 wide they were, 896 wide bfloat16 was 2.5 times as fast
-# (AVX512-BF16, two cores).
-_SMALLEST_WIDTH = 512
+# Of the hidden states; `mixed` holds matrices in bfloat16 and multiplies them so.
+DTYPES = {"f32": torch.float32, "mixed": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
+PRECISIONS = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 
 
-def compute_dtype(asked: str, device: str, width: int, stored: str) -> torch.dtype:
-    """The type to compute in. `auto` is bfloat16 where the weights are stored so (`stored` is BF16) and the device has
-    instructions for it that pay at matrices `width` columns wide; else float32.
+class MixedProducts(TorchFunctionMode):
+    """While active, float32 inputs of a bfloat16 matrix are rounded to bfloat16 for the product alone.
+
+    What lies between the products, the residual stream above all, stays float32: on a model of 6 M weights sums of x²
+    were 2.5 times nearer to float32's than with all in bfloat16, at 0.93 of the speed.
+    """
+
+    def __torch_function__(
+        self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is functional.linear:
+            inputs, weight, *bias = args
+            if _mixed(inputs, weight):
+                return _plus(func(inputs.bfloat16(), weight), bias[0] if bias else kwargs.get("bias"))
+        elif func is torch.addmm and _mixed(args[1], args[2]) and not kwargs:
+            return _plus(args[1].bfloat16() @ args[2], args[0])
+        elif func in _PRODUCTS and len(args) > 1 and _mixed(args[0], args[1]):
+            return func(args[0].bfloat16(), args[1]).float()
+        return func(*args, **kwargs)
+
+
+_PRODUCTS = {torch.matmul, torch.mm, torch.Tensor.matmul, torch.Tensor.mm, torch.Tensor.__matmul__}
+
+
+def _mixed(inputs: torch.Tensor, weight: torch.Tensor) -> bool:
+    return inputs.dtype is torch.float32 and weight.dtype is torch.bfloat16
+
+
+def _plus(product: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return product.float() if bias is None else product.float().add_(bias)
+
+
+def narrow_matrices(modules: Iterable[nn.Module]) -> None:
+    """Make bfloat16 of all matrices of modules on the meta device, but for those of convolutions."""
+    for module in modules:
+        for part in module.modules():
+            if not isinstance(part, nn.modules.conv._ConvNd):
+                for parameter in part.parameters(recurse=False):
+                    if parameter.ndim in (2, 3):
+                        parameter.data = parameter.data.bfloat16()
+
+
+def precision_of(asked: str, device: str, stored: str) -> str:
+    """What to compute in, a key of DTYPES. `auto` is `mixed` where the weights are stored in bfloat16 (`stored` is
+    BF16) and the device has instructions for it, which on two cores with AVX512-BF16 were 2.2 times as fast; else f32.
 
     Raises LlmcompressError for a name that is none.
     """
-    if asked != "auto":
-        if asked not in DTYPES:
-            raise LlmcompressError(
-                f"--dtype {asked}: is none of auto, {', '.join(DTYPES)}{nearest(asked, DTYPES)}"
-            )
-        return DTYPES[asked]
-    fast = device != "cpu" or (_bfloat16_instructions() and width >= _SMALLEST_WIDTH)
-    return torch.bfloat16 if stored == "BF16" and fast else torch.float32
+    if asked == "auto":
+        fast = device != "cpu" or _bfloat16_instructions()
+        return "mixed" if stored == "BF16" and fast else "f32"
+    if asked not in DTYPES:
+        raise LlmcompressError(
+            f"--dtype {asked}: is none of auto, {', '.join(DTYPES)}{nearest(asked, DTYPES)}"
+        )
+    return asked
 
 
 def compute_device(asked: str) -> torch.device:

@@ -37,6 +37,13 @@ class InputSums:
         self.squares = torch.zeros(matrices, inputs, dtype=torch.float64, device=device)
         self.products = torch.zeros(matrices, inputs, inputs, device=device) if products else None
 
+    def merge(self, other: InputSums) -> None:
+        """Add the sums of another batch."""
+        self.tokens += other.tokens
+        self.squares += other.squares
+        if self.products is not None:
+            self.products += other.products
+
     def add(self, matrix: int, tokens: int, squares: torch.Tensor, products: torch.Tensor | None) -> None:
         self.tokens[matrix] += tokens
         self.squares[matrix] += squares
@@ -51,11 +58,13 @@ class LinearInputs(TorchFunctionMode):
     `batch`) and number of tokens whose inputs held a NaN or infinity; these tokens are left out of the sums.
     """
 
-    def __init__(self, parameters: Mapping[str, torch.Tensor], products: bool = False) -> None:
+    def __init__(
+        self, parameters: Mapping[str, torch.Tensor], products: bool = False, batch: int = 0
+    ) -> None:
         super().__init__()
         self.sums: dict[str, InputSums] = {}
         self.nonfinite: list[tuple[str, int, int]] = []
-        self.batch = 0
+        self.batch = batch
         self._products = products
         self._owners = {_storage(value): (name, value) for name, value in parameters.items()}
         self._last: tuple[torch.Tensor, int, Any] | None = None
@@ -90,15 +99,27 @@ class LinearInputs(TorchFunctionMode):
             self.sums[name] = InputSums(matrices, inputs.shape[-1], self._products, inputs.device)
         self.sums[name].add(matrix, tokens, squares, products)
 
+    def merge(self, other: LinearInputs) -> None:
+        """Add what another has seen of the same parameters."""
+        for name, sums in other.sums.items():
+            if name in self.sums:
+                self.sums[name].merge(sums)
+            else:
+                self.sums[name] = sums
+        self.nonfinite += other.nonfinite
+
     def _of(self, inputs: torch.Tensor) -> tuple[int, torch.Tensor, torch.Tensor | None, int]:
         """Tokens, Σx² and XᵀX of an input, and the tokens left out; of q, k and v, which share it, computed once."""
         if self._last is not None and self._last[0] is inputs and self._last[1] == inputs._version:
             return self._last[2]
         rows = inputs.reshape(-1, inputs.shape[-1]).float()
-        tokens, squares = len(rows), rows.square().sum(0, dtype=torch.float64)
+        tokens, squares = (
+            len(rows),
+            rows.square().sum(0).double(),
+        )  # of one batch, which torch adds up pairwise
         if not torch.isfinite(squares).all():
             rows = rows[torch.isfinite(rows.square()).all(1)]
-            squares = rows.square().sum(0, dtype=torch.float64)
+            squares = rows.square().sum(0).double()
         products = rows.T @ rows if self._products else None
         found = len(rows), squares, products, tokens - len(rows)
         self._last = inputs, inputs._version, found

@@ -163,7 +163,7 @@ def test_dense_statistics_are_llama_imatrix_s(sample: Path, root: Path, tmp_path
     for name, sums in wanted.entries.items():
         assert found.entries[name].tokens.tolist() == sums.tokens.tolist() == [27 * 128]
         np.testing.assert_allclose(found.entries[name].squares, sums.squares, rtol=1e-3)
-    assert found.notes["calibration.dtype"] == "float32" and found.notes["calibration.model"] == sample.name
+    assert found.notes["calibration.dtype"] == "f32" and found.notes["calibration.model"] == sample.name
 
 
 @pytest.mark.parametrize("name", ["qwen3moe", "qwen3moe-fused"])
@@ -403,11 +403,11 @@ def test_the_command_says_what_it_wrote(tiny: Tiny, tmp_path: Path) -> None:
     few = ("--tokens", "256", "--chunk", "64", "--dtype", "f32")
     result = command(tiny("llama"), "-o", tmp_path / "{name}.gguf", *few)
     assert result.exit_code == 0, result.stderr
-    assert result.stdout.splitlines()[0] == f"{tmp_path / 'tiny.gguf'}: 15 weights, 256 tokens, in float32"
+    assert result.stdout.splitlines()[0] == f"{tmp_path / 'tiny.gguf'}: 15 weights, 256 tokens, in f32"
     result = command(tiny("llama"), "-o", tmp_path / "b.gguf", *few, "--json")
     found = json.loads(result.stdout)
     assert (found["path"], found["tokens"], found["resumed"], found["dtype"]) == (
-        str(tmp_path / "b.gguf"), 256, 0, "float32",
+        str(tmp_path / "b.gguf"), 256, 0, "f32",
     )  # fmt: skip
     assert found["tokens_of_weights"]["output.weight"] == [256]
     shown = CliRunner().invoke(app, ["stats", "show", str(tmp_path / "b.gguf")])
@@ -417,7 +417,7 @@ def test_the_command_says_what_it_wrote(tiny: Tiny, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--dtype", "bf17"], "--dtype bf17: is none of auto, f32, bf16, f16; did you mean 'bf16'?"),
+        (["--dtype", "bf17"], "--dtype bf17: is none of auto, f32, mixed, bf16, f16; did you mean 'bf16'?"),
         (["--device", "tpu9"], "--device tpu9: "),
         (["--device", "meta"], "--device meta: "),
         (["--windows", "sliding"], "--windows sliding: is none of packed, llama.cpp"),

@@ -218,10 +218,8 @@ def test_figures_of_a_quantized_file_are_those_of_whole_models(
 def test_fewer_bits_are_further_away(sample: Path, files, options) -> None:
     four, three = (evaluated(files[type], sample, options) for type in ("Q4_0", "Q3_K_M"))
     assert 0 < values(four)["mean_kl"] < values(three)["mean_kl"]
-    assert all(
-        three.evaluation.hidden_errors[block] > error
-        for block, error in four.evaluation.hidden_errors.items()
-    )
+    last = list(four.evaluation.hidden_errors)[-1]  # of the first blocks Q3_K_M keeps some tensors in more bits
+    assert 0 < four.evaluation.hidden_errors[last] < three.evaluation.hidden_errors[last]
 
 
 def test_batches_and_spilled_states_do_not_change_the_figures(sample, files, options, monkeypatch) -> None:
@@ -518,7 +516,7 @@ def test_tasks_that_are_not_there(tasks: Path, sample: Path, options) -> None:
     "changes, message",
     [
         ({"windows": "lama.cpp"}, "--windows lama.cpp: .*did you mean 'llama.cpp'"),
-        ({"dtype": "fp16"}, "--dtype fp16: is none of f32, bf16, f16; did you mean 'f16'"),
+        ({"dtype": "fp16"}, "--dtype fp16: is none of f32, mixed, bf16, f16; did you mean 'f16'"),
         ({"windows": "llama.cpp", "chunk": 2}, "--chunk 2: .* from 3 on"),
         ({"save_logits": "x.logits"}, "--save-logits: .* add --windows llama.cpp"),
         ({"base": "x.logits"}, "--data: not with --kl-divergence-base"),
