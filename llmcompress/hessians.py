@@ -1,6 +1,7 @@
 """XᵀX of a model's weights, by their GGUF names: a folder that `calibrate --hessian` fills and GPTQ reads.
 
-`index.json` says for each weight which file has the sums of each of its matrices, and of how many tokens they are.
+`index.json` says for each weight which file has the sums of each of its matrices, and of how many tokens they are;
+`index.safetensors` has Σx² of every file, in float64, so that importance is had without reading the rest.
 Weights with the same inputs (q, k and v; gate and up) share a file.
 """
 
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import safetensors.numpy
 from safetensors import SafetensorError, safe_open
 
 from llmcompress.errors import LlmcompressError, shown
@@ -20,7 +22,7 @@ from llmcompress.json_object import read_object
 from llmcompress.stats import TensorStats
 from llmcompress.whole_file import whole_file
 
-INDEX = "index.json"
+INDEX, SQUARES = "index.json", "index.safetensors"
 Places = list[tuple[str, int]]  # of each matrix of a weight: a parameter of the model, and a matrix of it
 
 
@@ -44,6 +46,9 @@ def write_index(
         for name, where in places.items()
         if all(parameter in sums for parameter, _ in where)
     }  # fmt: skip
+    squares = {f"{name}.safetensors": sums[name].squares for name in set(file_of.values())}
+    with whole_file(folder / SQUARES) as file:
+        file.write(safetensors.numpy.save(squares))
     with whole_file(folder / INDEX) as file:
         file.write(json.dumps({**about, "weights": weights}, indent=1).encode())
     for name, kept in file_of.items():
@@ -78,9 +83,11 @@ class HessianFolder:
         self.notes = tuple(scarce_notes({name: _tokens(places) for name, places in self.entries.items()}))
 
     def weights(self, name: str, matrices: int, inputs: int) -> np.ndarray:
-        """Mean squared inputs, float32 (matrices, inputs): the diagonals of the sums over their tokens."""
+        """Mean squared inputs, float32 (matrices, inputs)."""
         places = self.entries[name]
-        squares = np.stack([np.diagonal(self._read(place)) for place in places])
+        squares = np.stack([self._slice(SQUARES, place["file"], place["matrix"]) for place in places])
+        if squares.ndim != 2 or squares.dtype != np.float64 or not np.isfinite(squares).all():
+            raise LlmcompressError(f"{self.source / SQUARES}: holds no sums of squares; calibrate again")
         if squares.shape != (matrices, inputs):
             held = (
                 f"is for {squares.shape[0]} x {squares.shape[1]} inputs, the weight has {matrices} x {inputs}"
@@ -99,16 +106,21 @@ class HessianFolder:
         return place["file"], place["matrix"]
 
     def _read(self, place: Mapping[str, Any]) -> np.ndarray:
-        path = self.source / place["file"]
-        try:
-            with safe_open(path, "np") as file:
-                sums = file.get_slice("products")[place["matrix"]]
-        except (SafetensorError, OSError, IndexError) as error:
-            raise LlmcompressError(f"{path}: cannot be read ({error}); calibrate again") from None
+        sums = self._slice(place["file"], "products", place["matrix"])
         square = sums.ndim == 2 and sums.shape[0] == sums.shape[1]
         if not square or sums.dtype != np.float32 or not np.isfinite(sums).all():
-            raise LlmcompressError(f"{path}: holds no sums of products; calibrate again")
+            raise LlmcompressError(
+                f"{self.source / place['file']}: holds no sums of products; calibrate again"
+            )
         return sums
+
+    def _slice(self, file_name: str, key: str, matrix: int) -> np.ndarray:
+        path = self.source / file_name
+        try:
+            with safe_open(path, "np") as file:
+                return file.get_slice(key)[matrix]
+        except (SafetensorError, OSError, IndexError) as error:
+            raise LlmcompressError(f"{path}: cannot be read ({error}); calibrate again") from None
 
 
 def _is_places(places: object) -> bool:

@@ -104,6 +104,19 @@ def test_the_factor_is_that_of_the_inverse() -> None:
     np.testing.assert_allclose(factor.T @ factor @ damped, np.eye(96), atol=1e-3)
 
 
+@pytest.mark.parametrize("columns", [32, 256, 512, 800])
+def test_the_number_of_threads_changes_no_bit_of_the_factor(columns: int) -> None:
+    hessian, before = products_of(columns), torch.get_num_threads()
+    try:
+        factors = []
+        for threads in (1, 2, 4):
+            torch.set_num_threads(threads)
+            factors.append(Solver.of(hessian).factor)
+    finally:
+        torch.set_num_threads(before)
+    assert all(np.array_equal(factors[0], factor) for factor in factors[1:])
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_no_row_is_worse_than_nearest_and_most_are_far_better(name: str) -> None:
     weights, hessian = weights_of(24, 512), products_of(512)

@@ -12,7 +12,7 @@ import safetensors.numpy
 
 import llmcompress
 from llmcompress.errors import LlmcompressError
-from llmcompress.hessians import INDEX, HessianFolder, write_index
+from llmcompress.hessians import INDEX, SQUARES, HessianFolder, write_index
 from llmcompress.stats import TensorStats
 
 Make = Callable[..., Path]
@@ -40,7 +40,12 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_weights_with_the_same_inputs_share_a_file(folder: Path) -> None:
-    assert sorted(path.name for path in folder.iterdir()) == ["a.k.safetensors", "a.up.safetensors", INDEX]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "a.k.safetensors",
+        "a.up.safetensors",
+        INDEX,
+        SQUARES,
+    ]
     held = HessianFolder(folder)
     assert set(held.entries) == {"q", "k", "up"} and held.datasets == ("prose",) and held.chunks == 3
     assert held.shared("q", 0) == held.shared("k", 0) != held.shared("up", 0) != held.shared("up", 1)
@@ -138,9 +143,29 @@ def damaged_files() -> dict[str, Callable[[Path], object]]:
 def test_a_damaged_file_of_sums_is_refused_by_name(folder: Path, change: Callable[[Path], object]) -> None:
     change(folder / "a.k.safetensors")
     held = HessianFolder(folder)
-    for ask in (lambda: held.weights("k", 1, 4), lambda: held.products("q", 0)):
-        with pytest.raises(LlmcompressError, match="a.k.safetensors: .*calibrate again"):
-            ask()
+    with pytest.raises(LlmcompressError, match="a.k.safetensors: .*calibrate again"):
+        held.products("q", 0)
+
+
+def damage(folder: Path, squares: np.ndarray) -> None:
+    safetensors.numpy.save_file({"a.k.safetensors": squares}, folder / SQUARES)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda folder: (folder / SQUARES).unlink(),
+        lambda folder: (folder / SQUARES).write_bytes(b"{}"),
+        lambda folder: damage(folder, np.full((1, 4), np.nan)),
+        lambda folder: damage(folder, np.ones((1, 4), np.float32)),
+        lambda folder: damage(folder, np.ones((1, 2, 4))),
+        lambda folder: damage(folder, np.ones((0, 4))),
+    ],
+)
+def test_damaged_sums_of_squares_are_refused(folder: Path, change: Callable[[Path], object]) -> None:
+    change(folder)
+    with pytest.raises(LlmcompressError, match=f"{SQUARES}: .*calibrate again"):
+        HessianFolder(folder).weights("q", 1, 4)
 
 
 def test_a_matrix_beyond_the_file_is_refused(folder: Path) -> None:

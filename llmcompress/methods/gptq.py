@@ -23,6 +23,7 @@ WIDTH = 256  # columns whose codes are chosen before the rest hears of their err
 DAMPING = 0.01  # of the mean of H's diagonal; doubled while H is not positive definite
 LARGEST_DAMPING = 1.0
 FLOOR = 1e-6  # of the largest diagonal element
+CHOLESKY_BLOCK = 64
 LEAST_ROWS = 64  # of a product
 ROUNDS = {"fast": 0, "normal": 8, "best": 32}  # of coordinate descent at most
 
@@ -112,12 +113,29 @@ def _inverse_factor(hessian: torch.Tensor, added: torch.Tensor) -> torch.Tensor 
     """Upper U with UᵀU = (H + added I)⁻¹: from H = R Rᵀ, R upper, U is R⁻¹. R is H's Cholesky factor from the end."""
     damped = hessian.clone()
     damped.diagonal().add_(added)
-    lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
-    if failed or not torch.isfinite(lower).all():
+    lower = _cholesky(damped.flip(0, 1))
+    if lower is None or not torch.isfinite(lower).all():
         return None
     upper = lower.flip(0, 1)
     inverse = torch.linalg.solve_triangular(upper, torch.eye(len(upper), dtype=upper.dtype), upper=True)
     return inverse if torch.isfinite(inverse).all() else None
+
+
+def _cholesky(matrix: torch.Tensor) -> torch.Tensor | None:
+    """Lower L with L Lᵀ = matrix, None if there is none; `matrix` is used up.
+
+    LAPACK's own has other bits on another number of threads, so it gets blocks that it works on with one.
+    """
+    for first in range(0, len(matrix), CHOLESKY_BLOCK):
+        block, below = slice(first, first + CHOLESKY_BLOCK), slice(first + CHOLESKY_BLOCK, None)
+        corner, failed = torch.linalg.cholesky_ex(matrix[block, block])
+        if failed:
+            return None
+        matrix[block, block] = corner
+        column = torch.linalg.solve_triangular(corner, matrix[below, block].T, upper=False).T.contiguous()
+        matrix[below, block] = column
+        matrix[below, below] -= column @ column.T
+    return matrix.tril_()
 
 
 def _feed_errors(weights: np.ndarray, grid: Grid, solver: Solver, effort: str) -> np.ndarray:
