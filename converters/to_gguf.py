@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from llmcompress.converters.architecture import Architecture, steps_of
@@ -12,18 +13,22 @@ from llmcompress.converters.tokenizer import read_vocabulary
 
 from llmcompress.checkpoint import Checkpoint
 from llmcompress.fallback import MeasuredFallback
-from llmcompress.filetypes import tensor_order
+from llmcompress.filetypes import FLOATS, tensor_order
 from llmcompress.gguf.imatrix import read_imatrix
 from llmcompress.hessians import HessianFolder
 from llmcompress.importance import Source
 from llmcompress.mix import ModelTraits
 from llmcompress.plan import Plan, make_plan
+from llmcompress.progress import Progress
 from llmcompress.recipe import Recipe
+from llmcompress.sensitivity import CANDIDATES, Sensitivity, measure
 from llmcompress.step import Step
+from llmcompress.target import Target
 
 
-def plan_gguf(model: str | Path, out: str | Path, recipe: Recipe) -> Plan:
-    """What `recipe` will do to `model`, from its headers, config and tokenizer alone.
+def plan_gguf(model: str | Path, out: str | Path, recipe: Recipe, progress: Progress = Progress()) -> Plan:
+    """What `recipe` will do to `model`, from its headers, config and tokenizer alone; of rows that
+    --fallback best or a target measure, from these, too.
 
     `out` is a file name, a template with `{name}` and `{type}`, or a folder. Raises LlmcompressError for all that
     can be refused before a weight is read.
@@ -50,7 +55,23 @@ def plan_gguf(model: str | Path, out: str | Path, recipe: Recipe) -> Plan:
         _importance(checkpoint, steps, recipe),
         [*notes, *vocabulary.notes, *more_notes, *card_notes],
         MeasuredFallback(checkpoint, recipe.effort) if recipe.fallback == "best" else None,
+        Target(checkpoint, recipe, progress) if recipe.has_target else None,
     )
+
+
+def measure_gguf(
+    model: str | Path, recipe: Recipe, types: Sequence[str] = CANDIDATES, progress: Progress = Progress()
+) -> Sensitivity:
+    """The error of each tensor of `model` that can be quantized, in each of `types`, with the recipe's importance, method
+    and effort. Raises LlmcompressError as `plan_gguf` and `measure` do."""
+    plan = plan_gguf(model, "sensitivity.gguf", recipe)
+    quantized = [
+        step for step, place in zip(plan.steps, plan.outputs[0].placements) if place.grid.name not in FLOATS
+    ]
+    with plan.checkpoint:
+        return measure(
+            plan.checkpoint, quantized, plan.importance, recipe.method, recipe.effort, types, progress
+        )
 
 
 def _open(model: str | Path, recipe: Recipe) -> Checkpoint:

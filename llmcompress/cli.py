@@ -7,7 +7,7 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-from llmcompress import __version__, model_commands, stats_commands
+from llmcompress import __version__, model_commands, sensitivity_command, stats_commands
 from llmcompress.errors import RecipeError
 from llmcompress.reported import reported
 
@@ -83,6 +83,22 @@ Hessian = Annotated[
     Optional[str],
     typer.Option("--hessian", metavar="DIR", help="A folder by calibrate --hessian, for --method gptq."),
 ]
+TargetSize = Annotated[
+    Optional[str],
+    typer.Option(
+        "--target-size", metavar="SIZE", help="The best file of this size, such as 4.0GiB; no --type."
+    ),
+]
+TargetBpw = Annotated[
+    Optional[str],
+    typer.Option("--target-bpw", metavar="BITS", help="The same, by bits per weight, such as 4.25."),
+]
+SensitivityFile = Annotated[
+    Optional[str],
+    typer.Option(
+        "--sensitivity", metavar="FILE", help="Errors measured before by `sensitivity`, for a target."
+    ),
+]
 Effort = Annotated[
     Optional[str],
     typer.Option(
@@ -139,6 +155,7 @@ def job(
         model: Model, out: Out = "{name}-{type}.gguf", type: Types = None, tensor_type: TensorTypes = None,
         output_tensor_type: OutputType = None, token_embedding_type: EmbeddingType = None, pure: Pure = False,
         leave_output_tensor: LeaveOutput = False, fallback: Fallback = None, imatrix: Imatrix = None,
+        target_size: TargetSize = None, target_bpw: TargetBpw = None, sensitivity: SensitivityFile = None,
         method: Method = None, hessian: Hessian = None, calibrate: Calibrate = False, data: model_commands.Data = None, tokens: Tokens = None, effort: Effort = None, pre: Pre = None, model_name: Name = None, split_max_size: Split = None,
         max_ram: MaxRam = None, threads: Threads = None, verify: Verify = None, recipe: RecipeFile = None,
         as_json: AsJson = False, dry_run: DryRun = False,
@@ -148,6 +165,7 @@ def job(
             "tensor_types": _pairs(tensor_type) if tensor_type else None, "output_tensor_type": output_tensor_type,
             "token_embedding_type": token_embedding_type, "pure": pure or None,
             "leave_output_tensor": leave_output_tensor or None, "fallback": fallback, "imatrix": imatrix,
+            "target_size": target_size, "target_bpw": target_bpw, "sensitivity": sensitivity,
             "method": method, "hessian": hessian, "calibrate": calibrate or None, "data": data, "tokens": tokens,
             "effort": effort, "pre": pre, "name": model_name, "split_max_size": split_max_size, "max_ram": max_ram,
             "threads": threads, "verify": verify,
@@ -188,12 +206,12 @@ def _carry_out(model: str, out: str, recipe, as_json: bool, dry: bool) -> None:
 
     if recipe.calibrate or recipe.method != "nearest":
         model_commands.patient_threads()
-    plan = plan_gguf(model, out, recipe)
-    if dry:
-        _print(display.plan_dict(plan)) if as_json else display.show_plan(plan)
-        return
     progress = display.live_progress()
     try:
+        plan = plan_gguf(model, out, recipe, progress)
+        if dry:
+            _print(display.plan_dict(plan)) if as_json else display.show_plan(plan)
+            return
         with plan.checkpoint:
             result = run(plan, progress)
     finally:
@@ -217,6 +235,7 @@ job(
 
 app.command("calibrate")(model_commands.calibrate)
 app.command("evaluate")(model_commands.evaluate)
+app.command("sensitivity")(sensitivity_command.sensitivity)
 app.add_typer(stats_commands.app, name="stats")
 
 

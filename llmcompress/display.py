@@ -19,6 +19,7 @@ from llmcompress.output import Output
 from llmcompress.plan import Plan, disk_needs
 from llmcompress.progress import Progress
 from llmcompress.report import FileReport, Result
+from llmcompress.sensitivity import Sensitivity
 from llmcompress.sizes import format_size
 
 LOG_SECONDS = 10.0  # between two lines of a log
@@ -198,6 +199,15 @@ def show_inspection(found: Inspection, tensors: bool = True) -> None:
     )
     for warning in found.warnings:
         _out.print(f"warning: {warning}", style="yellow")
+
+
+def show_sensitivity(found: Sensitivity) -> None:
+    """The relative error of every tensor in every type."""
+    types = list(dict.fromkeys(name for errors in found.errors.values() for name in errors))
+    table = _table("tensor", *types)
+    for tensor, errors in found.errors.items():
+        table.add_row(tensor, *(f"{errors[name]:.2g}" if name in errors else "" for name in types))
+    _out.print(table)
 
 
 def _show_worst(output: FileReport) -> None:

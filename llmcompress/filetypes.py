@@ -93,6 +93,7 @@ class TypeChoice:
     reason: str
     imatrix_required: bool = False
     instead_of: str | None = None  # the type whose blocks the rows do not divide into
+    fixed: bool = False  # kept, or asked for by the user: not the file type's to decide
 
 
 def find_file_type(name: str) -> FileType:
@@ -208,13 +209,16 @@ class Chooser:
         role = role_of(name)
         kept = self._reason_to_keep(name, shape)
         if kept:
-            return TypeChoice(source, f"{kept}: kept {source}")
+            return TypeChoice(source, f"{kept}: kept {source}", fixed=True)
         rule = self.rules.find(name) if self._rules_apply(name, role) else None
         if rule is None and role in self.direct:
             return self._checked(name, shape, *self.direct[role])
         wanted, reason = rule or self._without_rule(name, role, shape)
         kind, reason = with_fallback(name, shape, wanted, reason)
-        return TypeChoice(kind, reason, self._needs_imatrix(role, kind), wanted if kind != wanted else None)
+        fixed = bool(rule) or self._asked_for_as_output(role)
+        return TypeChoice(
+            kind, reason, self._needs_imatrix(role, kind), wanted if kind != wanted else None, fixed
+        )
 
     def _reason_to_keep(self, name: str, shape: tuple[int, ...]) -> str | None:
         """What the tensor is, if it is one of those that are never quantized."""
@@ -233,6 +237,9 @@ class Chooser:
         # llama.cpp lets the options for output and embedding win, except over this second embedding
         return role not in self.direct or name == "per_layer_token_embd.weight"
 
+    def _asked_for_as_output(self, role: Role) -> bool:
+        return self.tied and role is Role.EMBEDDING and Role.OUTPUT in self.direct
+
     def _checked(self, name: str, shape: tuple[int, ...], kind: str, option: str) -> TypeChoice:
         """A type given by an option of its own has no fallback: it is what the user asked for or nothing."""
         block = TYPES[kind].block
@@ -241,11 +248,11 @@ class Chooser:
                 f"{name}: {option} needs rows of a multiple of {block}, these have {shape[-1]}; "
                 f"use {mix.FALLBACK.get(kind, mix.LAST_FALLBACK)}"
             )
-        return TypeChoice(kind, option)
+        return TypeChoice(kind, option, fixed=True)
 
     def _without_rule(self, name: str, role: Role, shape: tuple[int, ...]) -> tuple[str, str]:
         default = self.file_type.default
-        if self.tied and role is Role.EMBEDDING and Role.OUTPUT in self.direct:
+        if self._asked_for_as_output(role):
             kind, option = self.direct[Role.OUTPUT]
             return kind, f"{option}: serves as the output"
         if default in FLOATS:

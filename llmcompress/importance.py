@@ -88,6 +88,11 @@ class Importance(Mapping[str, np.ndarray]):
     def __contains__(self, name: object) -> bool:
         return name in self._sizes
 
+    def products(self, name: str, matrix: int) -> np.ndarray | None:
+        """XᵀX, float32 (columns, columns), of one matrix of a tensor; None where the source has none or too few tokens."""
+        has_products = name in self and hasattr(self._source, "products")
+        return self._source.products(name, matrix) if has_products else None
+
     def solver(self, name: str, matrix: int) -> Solver | None:
         """What GPTQ needs for one matrix of a tensor; None where there is too little data for it.
 

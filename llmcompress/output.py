@@ -81,9 +81,12 @@ def typed_metadata(
     its importance matrix."""
     typed = dict(metadata)
     names = {  # where they lay is nobody's business
-        field: Path(given).name for field in ("imatrix", "hessian") if (given := getattr(recipe, field))
+        field: Path(given).name
+        for field in ("imatrix", "hessian", "sensitivity")
+        if (given := getattr(recipe, field))
     }
-    typed["llmcompress.recipe"] = string(replace(recipe, types=(file_type.name,), **names).as_json())
+    types = recipe.types if recipe.has_target else (file_type.name,)
+    typed["llmcompress.recipe"] = string(replace(recipe, types=types, **names).as_json())
     typed["general.quantization_version"] = u32(2)
     typed["general.file_type"] = u32(file_type.id)
     if imatrix is not None:

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
@@ -36,6 +37,21 @@ BYTES_PER_SLAB_WEIGHT = 16
 BYTES_PER_HEADER_BYTE = 8
 FIXED_RAM = 224 * 2**20
 Refine = Callable[[Step, TypeChoice, "np.ndarray | None"], TypeChoice]
+
+
+class Target(Protocol):
+    """Decides all types at once: see target.py."""
+
+    @property
+    def file_type(self) -> FileType: ...
+
+    def __call__(
+        self,
+        steps: Sequence[Step],
+        choices: Sequence[TypeChoice],
+        importance: Importance,
+        lay_out: Callable[[Sequence[TypeChoice]], Output],
+    ) -> tuple[FileType, list[TypeChoice]]: ...
 
 
 @dataclass(frozen=True)
@@ -86,15 +102,18 @@ def make_plan(
     imatrix: Source | None = None,
     notes: Sequence[str] = (),
     refine: Refine | None = None,
+    target: Target | None = None,
 ) -> Plan:
     """Decide type, bytes and offset of every tensor for every file type of the recipe.
 
     `steps` come in the file's order; `metadata` is all that does not depend on the file type; `refine`
-    may change a choice, and get a tensor's importance `(matrices, columns)` to do so. Raises
+    may change a choice, and get a tensor's importance `(matrices, columns)` to do so; `target` may change all, and
+    takes the place of the recipe's file types. Raises
     PlanError for types without a kernel, missing importance, clashing outputs or too little memory.
     """
     importance, more_notes = _importance(steps, imatrix)
-    file_types = list(dict.fromkeys(_file_type(name, steps) for name in recipe.types))
+    names = [] if target else recipe.types
+    file_types = list(dict.fromkeys(_file_type(name, steps) for name in names)) or [target.file_type]
     tensors = [(step.name, step.shape, stored_type(step)) for step in steps]
     choices = {
         file_type: choose_types(file_type, tensors, traits, recipe.overrides) for file_type in file_types
@@ -103,24 +122,19 @@ def make_plan(
         raise PlanError(
             "--fallback best measures before the calibration runs; calibrate first, and give --imatrix"
         )
-    for file_type, chosen in choices.items():
+    outputs = []
+    for path, (file_type, chosen) in zip(output_paths(out, checkpoint.name, file_types), choices.items()):
         if refine:
-            chosen[:] = (
-                refine(step, choice, importance.get(step.name)) for step, choice in zip(steps, chosen)
-            )
+            chosen = [refine(step, choice, importance.get(step.name)) for step, choice in zip(steps, chosen)]
+
+        def lay_out(types: Sequence[TypeChoice]) -> Output:
+            typed = typed_metadata(metadata, file_type, recipe, imatrix)
+            return place(file_type, path, steps, types, typed, recipe)
+
+        if target:
+            file_type, chosen = target(steps, chosen, importance, lay_out)
         _check_importance(file_type, steps, chosen, importance)
-    paths = output_paths(out, checkpoint.name, file_types)
-    outputs = [
-        place(
-            file_type,
-            path,
-            steps,
-            choices[file_type],
-            typed_metadata(metadata, file_type, recipe, imatrix),
-            recipe,
-        )
-        for file_type, path in zip(file_types, paths)
-    ]
+        outputs.append(lay_out(chosen))
     headers = sum(len(file.header) for output in outputs for file in output.files)
     workers, slab_weights, ram = _fit_memory(steps, recipe, headers)
     plan = Plan(

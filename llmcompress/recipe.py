@@ -34,6 +34,9 @@ class Recipe:
     leave_output_tensor: bool = False
     fallback: str = "llama.cpp"  # types for rows that do not divide: its own, or "best" by measure
     imatrix: str | None = None
+    target_size: int | None = None  # bytes of the file: types are chosen for the least error within them
+    target_bpw: float | None = None  # or bits per weight of its tensors
+    sensitivity: str | None = None  # a file of errors by `llmcompress sensitivity`, for a target
     method: str = "nearest"  # what chooses the codes: rounding to nearest, or gptq
     hessian: str | None = None  # a folder of XᵀX by `calibrate --hessian`, for gptq
     calibrate: bool = False  # make the importance while quantizing, from `data`
@@ -72,8 +75,29 @@ class Recipe:
         given = [name for name in ("imatrix", "hessian", "calibrate") if getattr(self, name)]
         if len(given) > 1:
             raise RecipeError(f"{given[0]} and {given[1]}: each gives the importance; leave one out")
+        self._check_target()
         if self.threads is not None and self.threads < 1:
             raise RecipeError(f"threads: {self.threads} is less than 1")
+
+    def _check_target(self) -> None:
+        if self.target_size and self.target_bpw:
+            raise RecipeError("target_size and target_bpw: each gives the size; leave one out")
+        if not self.has_target:
+            if self.sensitivity:
+                raise RecipeError("sensitivity: is for a target; add --target-size or --target-bpw")
+            return
+        if self.pure or self.types != Recipe.types:
+            given = "pure" if self.pure else f"type {','.join(self.types)}"
+            raise RecipeError(f"{given}: a target chooses the type of each tensor; leave one of the two out")
+        if self.calibrate:
+            raise RecipeError(
+                "calibrate: a target measures before the calibration runs; calibrate first, and give --imatrix or "
+                "--hessian"
+            )
+
+    @property
+    def has_target(self) -> bool:
+        return bool(self.target_size or self.target_bpw)
 
     @property
     def overrides(self) -> TypeOverrides:
@@ -124,8 +148,10 @@ def _field(key: str, value: Any, label: str) -> Any:
         pairs = list(value.items()) if isinstance(value, Mapping) else value
         if isinstance(pairs, (list, tuple)) and all(_is_pair(pair) for pair in pairs):
             return tuple((pattern, name) for pattern, name in pairs)
-    elif key in ("max_ram", "split_max_size"):
+    elif key in ("max_ram", "split_max_size", "target_size"):
         return parse_size(value, label)
+    elif key == "target_bpw":
+        return _bits(value, label)
     elif key == "tokens":
         return parse_count(value, label)
     elif key in ("pure", "leave_output_tensor", "calibrate"):
@@ -137,6 +163,16 @@ def _field(key: str, value: Any, label: str) -> Any:
     elif isinstance(value, str):
         return value
     raise RecipeError(f"{label}: cannot be {value!r}")
+
+
+def _bits(value: Any, label: str) -> float:
+    try:
+        bits = float(value)
+    except (TypeError, ValueError):
+        bits = 0.0
+    if not 0 < bits <= 32:
+        raise RecipeError(f"{label}: {value!r} is no number of bits per weight; write it like 4.25")
+    return bits
 
 
 def _is_pair(pair: Any) -> bool:

@@ -40,11 +40,13 @@ LAYERS = [
     {"importance"},
     {"output"},
     {"plan"},
-    {"slab", "journal", "verify", "report", "run", "fallback"},
+    {"allocate", "slab", "journal", "verify", "report", "run", "fallback"},
+    {"sensitivity", "gains"},
+    {"target"},
     {"converters"},
     {"display", "stats_display"},
     {"model_display"},
-    {"stats_commands", "model_commands"},
+    {"stats_commands", "model_commands", "sensitivity_command"},
     {"cli", "__main__"},
 ]
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
