@@ -114,7 +114,8 @@ class LiveImportance:
 
     def shared(self, name: str, matrix: int) -> tuple[str, int]:
         """Equal for two matrices that have the same inputs."""
-        return self._places[name][matrix]
+        parameter, index = self._places[name][matrix]
+        return self._kept.first_of(parameter), index
 
     def reached(self, stage: int) -> None:
         with self._changed:
@@ -203,6 +204,7 @@ class _Kept:
 
     def __init__(self) -> None:
         self._sums: dict[str, InputSums] = {}
+        self._first: dict[str, str] = {}  # of the parameters with the same inputs, for each
 
     def load(self) -> None:
         """There is nothing to go on with."""
@@ -211,7 +213,14 @@ class _Kept:
         """There is nowhere to save to."""
 
     def add_products(self, group: int, sums: Mapping[str, InputSums]) -> None:
-        self._sums |= sums
+        first_with: dict[bytes, str] = {}
+        for name, found in sums.items():
+            inputs = found.tokens.numpy().tobytes() + found.squares.cpu().numpy().tobytes()
+            first = self._first[name] = first_with.setdefault(inputs, name)
+            self._sums[name] = sums[first]  # q, k and v share their sums, as they will their factor
+
+    def first_of(self, parameter: str) -> str:
+        return self._first.get(parameter, parameter)
 
     def of(self, parameter: str, matrix: int) -> np.ndarray | None:
         sums = self._sums.get(parameter)

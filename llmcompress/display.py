@@ -167,6 +167,9 @@ def show_result(result: Result) -> None:
     """Types, sizes, the worst tensors and where the files are."""
     for output in result.outputs:
         _out.print(_size_line(output.type, output.nbytes, output.bits_per_weight, output.type_counts))
+        by_method = Counter(tensor.method for tensor in output.tensors if len(tensor.shape) > 1)
+        if set(by_method) != {"nearest"}:
+            _out.print(", ".join(f"{count} matrices by {method}" for method, count in by_method.items()))
         _show_worst(output)
         for path in output.paths:
             _out.print(str(path), style="bold", soft_wrap=True)

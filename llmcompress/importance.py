@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from llmcompress.methods.gptq import Solver
 
 SOLVERS_KEPT = 2
+TOO_FEW = "rounded to nearest: too few tokens"
 
 
 class Source(Protocol):
@@ -107,7 +108,7 @@ class Importance(Mapping[str, np.ndarray]):
                     del self._solvers[next(iter(self._solvers))]
                 self._solvers[key] = None if products is None else Solver.of(products)
             solver = self._solvers[key]
-        self.rungs[name, matrix] = solver.rung if solver else "rounded to nearest: too few tokens"
+        self.rungs[name, matrix] = solver.rung if solver else TOO_FEW
         return solver
 
     def check(self) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -21,6 +21,8 @@ from llmcompress.errors import PlanError
 from llmcompress.filetypes import FileType, TypeChoice, choose_types, find_file_type
 from llmcompress.gguf.value import Metadata
 from llmcompress.grids import GRIDS
+from llmcompress.grids.code_bits import code_bits
+from llmcompress.grids.grid import Grid
 from llmcompress.importance import Importance, Source
 from llmcompress.machine import cores, free_disk
 from llmcompress.mix import ModelTraits
@@ -72,6 +74,11 @@ class Plan:
     def slabs(self) -> Iterator[Slab]:
         for index, step in enumerate(self.steps):
             yield from slabs_of(index, step, self.slab_weights)
+
+    def method(self, step: Step, grid: Grid) -> str:
+        """What chooses a tensor's codes: the recipe's method where it can, else rounding to nearest."""
+        possible = step.name in self.importance and code_bits(grid) is not None
+        return self.recipe.method if possible else "nearest"
 
     @property
     def weights(self) -> int:
@@ -142,7 +149,7 @@ def make_plan(
         (*notes, *more_notes), workers, slab_weights, ram,
     )  # fmt: skip
     _check_paths(plan)
-    return plan
+    return replace(plan, notes=(*plan.notes, *_notes_on_methods(plan)))
 
 
 @dataclass(frozen=True)
@@ -212,6 +219,18 @@ def _importance(steps: Sequence[Step], imatrix: Source | None) -> tuple[Importan
     if bare:
         notes.append(f"{imatrix.source}: no importance for {len(bare)} tensors, the first is {bare[0]}")
     return used, notes
+
+
+def _notes_on_methods(plan: Plan) -> list[str]:
+    """A line for the types of matrices that the recipe's method passes over."""
+    counts = Counter(
+        place.grid.name
+        for output in plan.outputs
+        for step, place in zip(plan.steps, output.placements)
+        if step.name in plan.importance and plan.method(step, place.grid) != plan.recipe.method
+    )
+    listed = ", ".join(f"{count} {name}" for name, count in counts.items())
+    return [f"{plan.recipe.method} passes over, and rounds to nearest: {listed}"] if counts else []
 
 
 def _check_importance(

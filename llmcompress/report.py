@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from itertools import groupby
 from math import prod
 from pathlib import Path
 from typing import Any
 
+from llmcompress.methods import FIRST_RUNG
 from llmcompress.plan import Plan
+from llmcompress.step import Step
 from llmcompress.verify import Fidelity
 
 
 @dataclass(frozen=True)
 class TensorReport:
     """`relative_error` is the root of the squared error over the squared weights, of `rows_checked` rows;
-    None where nothing was checked."""
+    None where nothing was checked. `method` chose the codes. `rungs`: the tensor's matrices by what it took to make
+    H positive definite for GPTQ, or why they were rounded to nearest; without those an earlier run finished."""
 
     name: str
     shape: tuple[int, ...]
@@ -27,6 +31,8 @@ class TensorReport:
     nbytes: int
     relative_error: float | None
     rows_checked: int
+    method: str = "nearest"
+    rungs: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -89,8 +95,26 @@ def make_result(
             tensors.append(TensorReport(
                 step.name, step.shape, step.dtype, place.grid.name, step.operation.name, place.reason, place.nbytes,
                 fidelity.relative_error if fidelity else None, fidelity.rows if fidelity else 0,
+                plan.method(step, place.grid), _rungs(plan, step) if plan.method(step, place.grid) == "gptq" else {},
             ))  # fmt: skip
         paths = tuple(file.path for file in output.files)
         outputs.append(FileReport(output.file_type.name, paths, output.size, tuple(tensors)))
-    notes = (*plan.notes, *plan.importance.complaints)
+    notes = (*plan.notes, *plan.importance.complaints, *_notes_on_rungs(plan))
     return Result(tuple(outputs), notes, seconds, sum(1 for _ in plan.slabs()), slabs_kept)
+
+
+def _rungs(plan: Plan, step: Step) -> dict[str, int]:
+    """How many matrices of a tensor took which rung, in the order of the matrices."""
+    rungs = sorted(
+        (matrix, rung) for (name, matrix), rung in plan.importance.rungs.items() if name == step.name
+    )
+    return dict(Counter(rung for _, rung in rungs))
+
+
+def _notes_on_rungs(plan: Plan) -> Iterator[str]:
+    """A line for each rung but the first, and the first matrix that took it."""
+    taken = sorted((rung, name, matrix) for (name, matrix), rung in plan.importance.rungs.items())
+    for rung, places in groupby(taken, key=lambda place: place[0]):
+        (_, name, matrix), *more = places
+        if rung != FIRST_RUNG:
+            yield f"gptq, {1 + len(more)} matrices {rung}; the first is {matrix} of {name}"

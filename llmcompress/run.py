@@ -196,7 +196,7 @@ def _do_slab(
     if index in journal.done and journal.done[index] == _sums_there(parts, places, step, slab):
         return slab, {}
     importance, effort = _importance(plan, step, slab), plan.recipe.effort  # may wait for its calibration
-    solver = _solver(plan, step, slab)
+    solver = _solver(plan, step, slab, [place.grid for _, place in places])
     weights = read_slab(plan.checkpoint, step, slab)
     sums = tuple(
         parts.write(
@@ -227,8 +227,9 @@ def _importance(plan: Plan, step: Step, slab: Slab) -> np.ndarray | None:
     return None if entry is None else entry[_matrix(step, slab)]
 
 
-def _solver(plan: Plan, step: Step, slab: Slab) -> Solver | None:
-    if plan.recipe.method != "gptq" or step.name not in plan.importance:
+def _solver(plan: Plan, step: Step, slab: Slab, grids: list[Grid]) -> Solver | None:
+    """What GPTQ needs for a slab; None where it quantizes no output of it, or has too little data."""
+    if all(plan.method(step, grid) != "gptq" for grid in grids):
         return None
     return plan.importance.solver(step.name, _matrix(step, slab))
 

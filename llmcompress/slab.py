@@ -41,7 +41,7 @@ class Weights:
     ) -> np.ndarray:
         """uint8 `(rows, row_bytes)`; the checkpoint's own bytes where the type does not change.
 
-        With a solver by GPTQ, else rounded to nearest."""
+        With a solver by GPTQ, where the grid's codes can be chosen one by one, else rounded to nearest."""
         if grid.name == self.dtype and self.step.operation.compute is None:
             return self.raw.view(np.uint8)
         too_large = count_saturated(self.float32, grid.name) if grid.name in LARGEST else 0
@@ -53,7 +53,8 @@ class Weights:
         if solver:
             from llmcompress.methods import gptq
 
-            return gptq.quantize(self.float32, grid, solver, effort)
+            if gptq.supports(grid):
+                return gptq.quantize(self.float32, grid, solver, effort)
         return grid.quantize(self.float32, importance, effort)
 
 
