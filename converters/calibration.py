@@ -9,9 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from llmcompress.converters.architecture import steps_of
-from llmcompress.converters.config import Config
-from llmcompress.converters.families import find_architecture
+from llmcompress.converters.families import weight_steps
 from llmcompress.converters.model import lockstep_of, read_tokenizer, require_fit
 
 from llmcompress import __version__
@@ -139,13 +137,6 @@ def _statistics(
             "version": __version__,
         },
     )
-
-
-def weight_steps(checkpoint: Checkpoint) -> list[Step]:
-    """The tensors of the checkpoint's GGUF that have rows."""
-    architecture = find_architecture(Config(checkpoint.config))
-    tokens = architecture.config(checkpoint.config).need("vocab_size")
-    return [step for step in steps_of(architecture, checkpoint, tokens)[0] if step.pieces]
 
 
 def places_of(steps: Sequence[Step], lockstep: Lockstep, expected: Mapping[str, int]) -> dict[str, Places]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from llmcompress.converters.architecture import Architecture
+from llmcompress.converters.architecture import Architecture, steps_of
 from llmcompress.converters.config import Config
 from llmcompress.converters.gemma import GEMMA2, GEMMA3
 from llmcompress.converters.gpt2 import GPT2
@@ -11,7 +11,9 @@ from llmcompress.converters.mixtral import MIXTRAL
 from llmcompress.converters.phi import PHI3
 from llmcompress.converters.qwen import QWEN2, QWEN3, QWEN3_MOE
 
+from llmcompress.checkpoint import Checkpoint
 from llmcompress.errors import PlanError, nearest
+from llmcompress.step import Step
 
 ARCHITECTURES: tuple[Architecture, ...] = (
     LLAMA,
@@ -43,3 +45,10 @@ def find_architecture(config: Config) -> Architecture:
         f"config.json: no table for {' or '.join(map(str, classes))}{nearest(str(classes[0]), CLASSES)} "
         f"(known: {', '.join(CLASSES)})"
     )
+
+
+def weight_steps(checkpoint: Checkpoint) -> list[Step]:
+    """The tensors of the checkpoint's GGUF that have rows."""
+    architecture = find_architecture(Config(checkpoint.config))
+    tokens = architecture.config(checkpoint.config).need("vocab_size")
+    return [step for step in steps_of(architecture, checkpoint, tokens)[0] if step.pieces]

@@ -33,7 +33,7 @@ def plan_gguf(model: str | Path, out: str | Path, recipe: Recipe, progress: Prog
     `out` is a file name, a template with `{name}` and `{type}`, or a folder. Raises LlmcompressError for all that
     can be refused before a weight is read.
     """
-    checkpoint = _open(model, recipe)
+    checkpoint = open_checkpoint(model, recipe)
     checkpoint.require_plain()
     architecture = find_architecture(Config(checkpoint.config))
     config = architecture.config(checkpoint.config)
@@ -52,7 +52,7 @@ def plan_gguf(model: str | Path, out: str | Path, recipe: Recipe, progress: Prog
         out,
         _traits(architecture, config, has_imatrix=bool(recipe.calibrate or recipe.hessian or recipe.imatrix)),
         general | architecture.metadata(config) | vocabulary.metadata(),
-        _importance(checkpoint, steps, recipe),
+        importance_source(checkpoint, steps, recipe),
         [*notes, *vocabulary.notes, *more_notes, *card_notes],
         MeasuredFallback(checkpoint, recipe.effort) if recipe.fallback == "best" else None,
         Target(checkpoint, recipe, progress) if recipe.has_target else None,
@@ -74,7 +74,7 @@ def measure_gguf(
         )
 
 
-def _open(model: str | Path, recipe: Recipe) -> Checkpoint:
+def open_checkpoint(model: str | Path, recipe: Recipe) -> Checkpoint:
     """The checkpoint; one whose tensors stay in memory from calibrating to quantizing where both are asked for."""
     if not recipe.calibrate:
         return Checkpoint.open(model)
@@ -83,7 +83,8 @@ def _open(model: str | Path, recipe: Recipe) -> Checkpoint:
     return HeldCheckpoint.open(model)
 
 
-def _importance(checkpoint: Checkpoint, steps: list[Step], recipe: Recipe) -> Source | None:
+def importance_source(checkpoint: Checkpoint, steps: list[Step], recipe: Recipe) -> Source | None:
+    """Where the recipe takes the importance of the inputs from, if it does."""
     if recipe.imatrix:
         return read_imatrix(Path(recipe.imatrix))
     if recipe.hessian:

@@ -23,7 +23,8 @@ def quantize(
     progress: Progress | None = None,
     **options,
 ) -> Result:
-    """Make GGUF files of a Hugging Face checkpoint, one for each type, in one read.
+    """Make GGUF files of a Hugging Face checkpoint, one for each type, in one read; or, with `format="gptq"`, the
+    folder `out` with a GPTQ checkpoint.
 
     `model` is a directory or a hub id; `out` a file, a folder, or a template with `{name}` and `{type}`;
     `type` one or several of llama.cpp's file types, or "auto". `options` are the other fields of
@@ -35,6 +36,12 @@ def quantize(
     from llmcompress.run import run
 
     recipe = parse_recipe({"types": type} | options, label="quantize(): {}".format)
+    if recipe.format == "gptq":
+        from llmcompress.converters.to_gptq import plan_gptq, run_gptq
+
+        checkpoint_plan = plan_gptq(model, out, recipe)
+        with checkpoint_plan.checkpoint:
+            return run_gptq(checkpoint_plan, progress)
     plan = plan_gguf(model, out, recipe)
     with plan.checkpoint:
         return run(plan, progress)

@@ -89,10 +89,21 @@ class Checkpoint:
         except OSError as error:
             raise CheckpointError(f"{tensor.file}: cannot be read: {error.strerror}") from error
         if missing:
-            raise CheckpointError(
-                f"{tensor.file}: tensor {shown(name)}: {missing} of {out.nbytes} bytes missing; "
-                "the file was cut since its header was read: fetch it again"
-            )
+            raise _was_cut(tensor, missing, out.nbytes)
+
+    def read_bytes(self, name: str, position: int, size: int) -> bytes:
+        """`size` bytes of a tensor of any dtype from its byte `position` on, as the file has them.
+
+        Raises CheckpointError as `read_into` does."""
+        tensor = self.index[name]
+        out = bytearray(size)
+        try:
+            missing = _fill(memoryview(out), self._descriptor(tensor.file), tensor.offset + position)
+        except OSError as error:
+            raise CheckpointError(f"{tensor.file}: cannot be read: {error.strerror}") from error
+        if missing:
+            raise _was_cut(tensor, missing, size)
+        return bytes(out)
 
     def fingerprint(self) -> str:
         """A hash that changes when a weight file or the config does: of sizes, modification times and
@@ -167,6 +178,13 @@ def _fill(target: memoryview, descriptor: int, position: int) -> int:
             break
         target, position = target[count:], position + count
     return len(target)
+
+
+def _was_cut(tensor: TensorInfo, missing: int, size: int) -> CheckpointError:
+    return CheckpointError(
+        f"{tensor.file}: tensor {shown(tensor.name)}: {missing} of {size} bytes missing; "
+        "the file was cut since its header was read: fetch it again"
+    )
 
 
 def _stamp(stat: os.stat_result) -> tuple[int, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from typing import Annotated, Any, Optional
 
@@ -19,6 +20,8 @@ app = typer.Typer(
     help="Hugging Face language models to GGUF: quantized in one pass with bounded memory, calibrated, evaluated.",
 )
 
+OF_CHECKPOINTS = {"format", "bits", "group_size", "sym", "desc_act"}  # options of quantize alone
+OUT = "{name}-{type}.gguf"
 CONVERT_TYPES = ("auto", "F32", "F16", "BF16", "Q8_0")
 
 Model = Annotated[
@@ -83,6 +86,25 @@ Hessian = Annotated[
     Optional[str],
     typer.Option("--hessian", metavar="DIR", help="A folder by calibrate --hessian, for --method gptq."),
 ]
+Format = Annotated[
+    Optional[str],
+    typer.Option("--format", metavar="FORMAT", help="gguf, or gptq: a checkpoint folder.  [default: gguf]"),
+]
+Bits = Annotated[
+    Optional[int],
+    typer.Option("--bits", metavar="N", help="2, 3, 4 or 8, for --format gptq.  [default: 4]"),
+]
+GroupSize = Annotated[
+    Optional[int],
+    typer.Option(
+        "--group-size", metavar="N", help="Weights to a scale: 32, 64, 128, or -1: a row.  [default: 128]"
+    ),
+]
+Sym = Annotated[
+    Optional[bool],
+    typer.Option("--sym/--no-sym", help="Zero in the middle of the codes, or fitted.  [default: sym]"),
+]
+DescAct = Annotated[bool, typer.Option("--desc-act", help="Round columns in the order of their importance.")]
 TargetSize = Annotated[
     Optional[str],
     typer.Option(
@@ -147,18 +169,19 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop
 def job(
     name: str, summary: str, types: tuple[str, ...], allowed: tuple[str, ...] = (), dry: bool = False
 ) -> None:
-    """Register a command that makes GGUF files: they differ in default types and in whether they run."""
+    """Register a command that makes GGUF files: they differ in default types and in whether they run. `quantize` makes
+    checkpoints, too."""
 
-    @app.command(name, help=summary)
     @reported
     def command(
-        model: Model, out: Out = "{name}-{type}.gguf", type: Types = None, tensor_type: TensorTypes = None,
+        model: Model, out: Out = OUT, type: Types = None, tensor_type: TensorTypes = None,
         output_tensor_type: OutputType = None, token_embedding_type: EmbeddingType = None, pure: Pure = False,
         leave_output_tensor: LeaveOutput = False, fallback: Fallback = None, imatrix: Imatrix = None,
         target_size: TargetSize = None, target_bpw: TargetBpw = None, sensitivity: SensitivityFile = None,
         method: Method = None, hessian: Hessian = None, calibrate: Calibrate = False, data: model_commands.Data = None, tokens: Tokens = None, effort: Effort = None, pre: Pre = None, model_name: Name = None, split_max_size: Split = None,
         max_ram: MaxRam = None, threads: Threads = None, verify: Verify = None, recipe: RecipeFile = None,
-        as_json: AsJson = False, dry_run: DryRun = False,
+        as_json: AsJson = False, dry_run: DryRun = False, format: Format = None, bits: Bits = None,
+        group_size: GroupSize = None, sym: Sym = None, desc_act: DescAct = False,
     ) -> None:  # fmt: skip
         flags = {
             "types": [part for given in type for part in given.split(",")] if type else None,
@@ -168,7 +191,8 @@ def job(
             "target_size": target_size, "target_bpw": target_bpw, "sensitivity": sensitivity,
             "method": method, "hessian": hessian, "calibrate": calibrate or None, "data": data, "tokens": tokens,
             "effort": effort, "pre": pre, "name": model_name, "split_max_size": split_max_size, "max_ram": max_ram,
-            "threads": threads, "verify": verify,
+            "threads": threads, "verify": verify, "format": format, "bits": bits, "group_size": group_size, "sym": sym,
+            "desc_act": desc_act or None,
         }  # fmt: skip
         merged = _recipe(recipe, {key: value for key, value in flags.items() if value is not None}, types)
         for given in merged.types:
@@ -177,6 +201,15 @@ def job(
                     f"--type {given}: {name} writes {', '.join(allowed)}; for {given} use quantize"
                 )
         _carry_out(model, out, merged, as_json, dry or dry_run)
+
+    if name != "quantize":
+        command.__signature__ = _without(inspect.signature(command), OF_CHECKPOINTS)
+    app.command(name, help=summary)(command)
+
+
+def _without(signature: inspect.Signature, names: set[str]) -> inspect.Signature:
+    kept = [parameter for name, parameter in signature.parameters.items() if name not in names]
+    return signature.replace(parameters=kept)
 
 
 def _recipe(path: str | None, flags: dict[str, Any], types: tuple[str, ...]):
@@ -204,6 +237,11 @@ def _carry_out(model: str, out: str, recipe, as_json: bool, dry: bool) -> None:
     from llmcompress.converters.to_gguf import plan_gguf
     from llmcompress.run import run
 
+    if recipe.format == "gptq":
+        model_commands.make_checkpoint(
+            model, out.removesuffix(".gguf") if out == OUT else out, recipe, as_json, dry
+        )
+        return
     if recipe.calibrate or recipe.method != "nearest":
         model_commands.patient_threads()
     progress = display.live_progress()
@@ -223,7 +261,7 @@ def _print(data: dict[str, Any]) -> None:
     typer.echo(json.dumps(data, indent=1, default=str))
 
 
-job("quantize", "Make quantized GGUF files of a model.", types=("Q4_K_M",))
+job("quantize", "Make quantized GGUF files, or a GPTQ checkpoint, of a model.", types=("Q4_K_M",))
 job("convert", "Make an unquantized (or Q8_0) GGUF file of a model.", types=("auto",), allowed=CONVERT_TYPES)
 job(
     "plan",

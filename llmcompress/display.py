@@ -180,6 +180,21 @@ def show_result(result: Result) -> None:
     _out.print(f"done in {result.seconds:.1f} s{resumed}")
 
 
+def show_planned(result: Result) -> None:
+    """Every tensor of a job that was not carried out."""
+    for output in result.outputs:
+        table = _table("tensor", "shape", "source", "type", "bytes", "why")
+        for tensor in output.tensors:
+            how = "" if tensor.operation == "copy" else f" ({tensor.operation})"
+            table.add_row(tensor.name, _shape(tensor.shape), tensor.source + how, tensor.type, f"{tensor.nbytes:,}",
+                          tensor.reason)  # fmt: skip
+        _out.print(table)
+        _out.print(_size_line(output.type, output.nbytes, output.bits_per_weight, output.type_counts))
+        for path in output.paths:
+            _out.print(f"  to {path}", soft_wrap=True)
+    _show_notes(result.notes)
+
+
 def show_inspection(found: Inspection, tensors: bool = True) -> None:
     """Metadata, tensors, totals of each type and bits per weight."""
     metadata = _table("key", "type", "value")

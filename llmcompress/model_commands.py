@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
 from llmcompress.reported import reported
 from llmcompress.sizes import parse_count, parse_size
+
+if TYPE_CHECKING:
+    from llmcompress.recipe import Recipe
 
 Data = Annotated[
     Optional[list[str]],
@@ -79,6 +82,29 @@ def calibrate(
         typer.echo(json.dumps(report.as_dict(), indent=1))
     else:
         model_display.show_calibration(report)
+
+
+def make_checkpoint(model: str, out: str, recipe: Recipe, as_json: bool, dry: bool) -> None:
+    """`quantize --format gptq`: plan, and carry out unless `dry`."""
+    if recipe.calibrate or recipe.hessian:
+        patient_threads()
+    from llmcompress import display
+    from llmcompress.converters.to_gptq import plan_gptq, planned, run_gptq
+
+    plan = plan_gptq(model, out, recipe)
+    if dry:
+        result = planned(plan)
+    else:
+        progress = display.live_progress()
+        try:
+            with plan.checkpoint:
+                result = run_gptq(plan, progress)
+        finally:
+            progress.close()
+    if as_json:
+        typer.echo(json.dumps(result.as_dict(), indent=1, default=str))
+    else:
+        (display.show_planned if dry else display.show_result)(result)
 
 
 @reported

@@ -104,15 +104,18 @@ def output_paths(out: str | Path, name: str, file_types: Sequence[FileType]) -> 
     template = str(out)
     if template.endswith(("/", "\\")) or Path(template).expanduser().is_dir():
         template = str(Path(template) / "{name}-{type}.gguf")
-    paths = []
-    for file_type in file_types:
-        try:
-            paths.append(Path(_filled(template, name=name, type=file_type.name)).expanduser())
-        except (KeyError, ValueError) as error:
-            raise PlanError(f"-o {out}: only {{name}} and {{type}} can stand in braces ({error})") from error
+    paths = [filled_path(template, name, file_type.name) for file_type in file_types]
     if len(set(paths)) < len(paths):
         raise PlanError(f"-o {out}: {len(paths)} types would go to the same file; put {{type}} into the name")
     return paths
+
+
+def filled_path(template: str | Path, name: str, type: str) -> Path:
+    """A path with `{name}` and `{type}` replaced. Raises PlanError for other words in braces."""
+    try:
+        return Path(_filled(str(template), name=name, type=type)).expanduser()
+    except (KeyError, ValueError) as error:
+        raise PlanError(f"-o {template}: only {{name}} and {{type}} can stand in braces ({error})") from error
 
 
 def _filled(template: str, **values: str) -> str:

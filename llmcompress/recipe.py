@@ -14,11 +14,18 @@ from typing import Any
 from llmcompress.errors import RecipeError, nearest
 from llmcompress.filetypes import TypeOverrides, find_file_type
 from llmcompress.grids.effort import check_effort
+from llmcompress.grids.integer import BITS, GROUPS
 from llmcompress.methods import METHODS
 from llmcompress.sizes import parse_count, parse_size
 
 VERIFY = ("off", "sample", "full")
 FALLBACKS = ("llama.cpp", "best")
+FORMATS = ("gguf", "gptq")
+GGUF_ONLY = {
+    "types", "tensor_types", "output_tensor_type", "token_embedding_type", "pure", "leave_output_tensor", "fallback",
+    "pre", "name", "verify", "target_size", "target_bpw", "sensitivity",
+}  # fmt: skip
+GPTQ_ONLY = {"bits", "group_size", "sym", "desc_act"}
 DEFAULT_MAX_RAM = 512 * 2**20
 
 
@@ -42,6 +49,11 @@ class Recipe:
     calibrate: bool = False  # make the importance while quantizing, from `data`
     data: tuple[str, ...] = ("default",)  # texts to calibrate on
     tokens: int = 2**18  # of them
+    format: str = "gguf"  # or gptq: a checkpoint of which the next four fields speak
+    bits: int = 4  # of a code
+    group_size: int = 128  # weights that share a scale; -1: a row
+    sym: bool = True  # zero in the middle of the codes
+    desc_act: bool = False  # columns are rounded in the order of their importance
     effort: str = "normal"  # of the search for scales: fast, normal or best
     pre: str | None = None  # pre-tokenizer by name, where detection fails
     name: str | None = None  # general.name
@@ -75,9 +87,31 @@ class Recipe:
         given = [name for name in ("imatrix", "hessian", "calibrate") if getattr(self, name)]
         if len(given) > 1:
             raise RecipeError(f"{given[0]} and {given[1]}: each gives the importance; leave one out")
+        self._check_format()
         self._check_target()
         if self.threads is not None and self.threads < 1:
             raise RecipeError(f"threads: {self.threads} is less than 1")
+
+    def _check_format(self) -> None:
+        """Each format has fields that mean nothing to the other."""
+        if self.format not in FORMATS:
+            raise RecipeError(
+                f"format: {self.format!r} is none of {', '.join(FORMATS)}{nearest(self.format, FORMATS)}"
+            )
+        for name, known in (("bits", BITS), ("group_size", GROUPS)):
+            if getattr(self, name) not in known:
+                listed = ", ".join(map(str, known))
+                raise RecipeError(f"{name}: {getattr(self, name)} is none of {listed}")
+        foreign = GGUF_ONLY if self.format == "gptq" else GPTQ_ONLY
+        for field in fields(self):
+            if field.name in foreign and getattr(self, field.name) != field.default:
+                raise RecipeError(
+                    f"{field.name}: means nothing to the format {self.format}; leave it out, or choose the other format"
+                )
+        if self.desc_act and not (self.hessian or self.calibrate):
+            raise RecipeError(
+                "desc_act: the order is that of the inputs: add --calibrate, or --hessian with a calibrated folder"
+            )
 
     def _check_target(self) -> None:
         if self.target_size and self.target_bpw:
@@ -154,10 +188,10 @@ def _field(key: str, value: Any, label: str) -> Any:
         return _bits(value, label)
     elif key == "tokens":
         return parse_count(value, label)
-    elif key in ("pure", "leave_output_tensor", "calibrate"):
+    elif key in ("pure", "leave_output_tensor", "calibrate", "sym", "desc_act"):
         if isinstance(value, bool):
             return value
-    elif key == "threads":
+    elif key in ("threads", "bits", "group_size"):
         if isinstance(value, int) and not isinstance(value, bool):
             return value
     elif isinstance(value, str):

@@ -27,7 +27,7 @@ LAYERS = [
     {"json_object", "tensor_info", "sizes", "machine", "progress", "parallel"},
     {"gguf"},
     {"stats", "stats_table", "divergence", "logits_file"},
-    {"hub", "safetensors_header", "torch_pickle", "torch_zip", "checkpoint"},
+    {"hub", "safetensors_header", "safetensors_files", "torch_pickle", "torch_zip", "checkpoint"},
     {"text_sources", "token_stream", "token_rows", "compute"},
     {"hidden_states", "linear_inputs", "block_weights"},
     {"calibration_state"},

@@ -77,11 +77,12 @@ def _quantize(bits, group, symmetric, clipping, weights, importance, out) -> Non
 
 
 def _weighing(importance: np.ndarray | None, columns: int, group: int) -> np.ndarray:
-    """The importance; ones for groups that have none."""
+    """The importance over its largest in each group, so that no product underflows; ones for groups without any."""
     if importance is None:
         return np.ones(columns, np.float32)
     groups = importance.reshape(-1, group)
-    return np.where(groups.max(1, keepdims=True) > 0, groups, np.float32(1)).reshape(columns)
+    largest = groups.max(1, keepdims=True)
+    return np.divide(groups, largest, out=np.ones_like(groups), where=largest > 0).reshape(columns)
 
 
 def _dequantize(group, data, out) -> None:

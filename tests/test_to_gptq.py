@@ -1,0 +1,364 @@
+"""GPTQ checkpoints, read back by a decoder written from the format's description and by the real auto-gptq."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from llmcompress.converters.calibration import CalibrationOptions, calibrate_model
+from llmcompress.converters.to_gptq import plan_gptq
+from safetensors import safe_open
+from safetensors.numpy import load_file
+from safetensors.torch import load_file as load_torch
+from safetensors.torch import save_file as save_torch
+from synthetic_checkpoint import Llama, poke, write_checkpoint
+from typer.testing import CliRunner
+
+import llmcompress
+from llmcompress.cli import app
+from llmcompress.errors import LlmcompressError, PlanError, RecipeError, RunError
+from llmcompress.progress import Progress
+from llmcompress.recipe import Recipe
+
+SAMPLE = "examples/sample-llama-6m"
+
+
+def tensors_of(folder: Path) -> dict[str, np.ndarray]:
+    """All tensors; bfloat16 as the bits it has."""
+    found = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, "pt") as tensors:
+            for name in tensors.keys():
+                value = tensors.get_tensor(name)
+                found[name] = (value.view(torch.int16) if value.dtype == torch.bfloat16 else value).numpy()
+    return found
+
+
+def weights_of(folder: Path, name: str) -> np.ndarray:
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, "pt") as tensors:
+            if name in tensors.keys():
+                return tensors.get_tensor(name).float().numpy()
+    raise KeyError(name)
+
+
+def fields(words: np.ndarray, bits: int) -> np.ndarray:
+    """Codes along the first axis, (n, m), of int32 words, (n * bits / 32, m): each column is one stream of bits."""
+    columns = np.ascontiguousarray(words.T).astype("<i4").view(np.uint8)
+    stream = np.unpackbits(columns, axis=1, bitorder="little")
+    codes = stream.reshape(len(columns), -1, bits)
+    return (codes * (1 << np.arange(bits))).sum(-1).T
+
+
+def decoded(tensors: dict[str, np.ndarray], module: str, bits: int, version: str) -> np.ndarray:
+    """The weight (outputs, inputs) of a module, float64."""
+    codes = fields(tensors[f"{module}.qweight"], bits)  # (inputs, outputs)
+    zeros = fields(np.ascontiguousarray(tensors[f"{module}.qzeros"].T), bits).T  # (groups, outputs)
+    zeros = zeros + 1 if version == "gptq" else zeros
+    group = tensors[f"{module}.g_idx"]
+    scales = tensors[f"{module}.scales"].astype(np.float64)
+    return (scales[group] * (codes - zeros[group].astype(np.float64))).T
+
+
+def modules_of(tensors: dict[str, np.ndarray]) -> list[str]:
+    return sorted(name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight"))
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("small") / "model")
+
+
+@pytest.fixture(scope="module")
+def hessian(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """XᵀX of the sample model, of few tokens."""
+    folder = tmp_path_factory.mktemp("hessian")
+    options = CalibrationOptions(tokens=8192, device="cpu", dtype="f32")
+    calibrate_model(root / SAMPLE, folder / "sums.gguf", options, Progress(), folder / "products")
+    return folder / "products"
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("group", [32, 64, 128, -1])
+@pytest.mark.parametrize("sym", [True, False])
+def test_an_independent_decoder_reads_the_weights(
+    bits: int, group: int, sym: bool, small: Path, tmp_path: Path
+) -> None:
+    result = llmcompress.quantize(
+        small, tmp_path / "out", format="gptq", bits=bits, group_size=group, sym=sym
+    )
+    tensors, config = tensors_of(tmp_path / "out"), json.loads((tmp_path / "out/config.json").read_text())
+    settings = config["quantization_config"]
+    assert settings == json.loads((tmp_path / "out/quantize_config.json").read_text())
+    assert (settings["bits"], settings["group_size"], settings["sym"]) == (bits, group, sym)
+    version = settings["checkpoint_format"]
+    assert version == settings["format"] == ("gptq" if sym else "gptq_v2")
+    reports = {tensor.name: tensor for tensor in result.outputs[0].tensors}
+    modules = modules_of(tensors)
+    assert len(modules) == 14 and not any("lm_head" in module for module in modules)
+    for module in modules:
+        weights = weights_of(small, f"{module}.weight").astype(np.float64)
+        values = decoded(tensors, module, bits, version)
+        assert values.shape == weights.shape and f"{module}.weight" not in tensors
+        error = np.sqrt(((values - weights) ** 2).sum() / (weights**2).sum())
+        assert abs(error - reports[module].relative_error) < 1e-4 * error
+        assert error < {2: 0.45, 3: 0.25, 4: 0.13, 8: 0.01}[bits]
+        assert reports[module].rows_checked == len(weights)
+        size = weights.shape[1] if group == -1 else group
+        assert np.array_equal(tensors[f"{module}.g_idx"], np.arange(weights.shape[1]) // size)
+        if sym:
+            zeros = fields(np.ascontiguousarray(tensors[f"{module}.qzeros"].T), bits)
+            assert (zeros == 2 ** (bits - 1) - 1).all()
+
+
+def test_symmetric_zeros_are_the_words_every_reader_knows(small: Path, tmp_path: Path) -> None:
+    for bits, word in ((2, 0x55555555), (4, 0x77777777), (8, 0x7F7F7F7F)):
+        llmcompress.quantize(small, tmp_path / str(bits), format="gptq", bits=bits)
+        tensors = tensors_of(tmp_path / str(bits))
+        for module in modules_of(tensors):
+            assert (tensors[f"{module}.qzeros"].view(np.uint32) == word).all()
+
+
+def test_all_else_is_copied_byte_for_byte_into_as_many_files_as_asked(small: Path, tmp_path: Path) -> None:
+    llmcompress.quantize(small, tmp_path / "one", format="gptq")
+    llmcompress.quantize(small, tmp_path / "many", format="gptq", split_max_size=200_000)
+    one, many, source = tensors_of(tmp_path / "one"), tensors_of(tmp_path / "many"), tensors_of(small)
+    assert one.keys() == many.keys() and all(np.array_equal(one[name], many[name]) for name in one)
+    kept = [name for name in source if name in one]
+    assert len(kept) == 7 and all(source[name].tobytes() == one[name].tobytes() for name in kept)
+    listed = json.loads((tmp_path / "many/model.safetensors.index.json").read_text())
+    shards = sorted(tmp_path.glob("many/*.safetensors"))
+    assert len(shards) > 3 and {path.name for path in shards} == set(listed["weight_map"].values())
+    assert listed["metadata"]["total_size"] == sum(value.nbytes for value in many.values())
+    for path in shards:
+        assert all(listed["weight_map"][name] == path.name for name in load_names(path))
+    for file in small.glob("tokenizer*"):
+        assert (tmp_path / "one" / file.name).read_bytes() == file.read_bytes()
+    config = json.loads((tmp_path / "one/config.json").read_text())
+    del config["quantization_config"]
+    assert config == json.loads((small / "config.json").read_text())
+
+
+def load_names(path: Path) -> list[str]:
+    with safe_open(path, "np") as tensors:
+        return list(tensors.keys())
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"desc_act": True}, {"bits": 3, "group_size": -1}, {"bits": 2, "sym": False}]
+)
+def test_error_feedback_is_never_worse_than_nearest_with_the_same_search(
+    options: dict, root: Path, hessian: Path, tmp_path: Path
+) -> None:
+    bits, sym = options.get("bits", 4), options.get("sym", True)
+    result = llmcompress.quantize(
+        root / SAMPLE, tmp_path / "fed", format="gptq", hessian=str(hessian), **options
+    )
+    nearest_options = {name: value for name, value in options.items() if name != "desc_act"}
+    source = hessian.parent / "sums.gguf"  # the importance matrix of the same tokens
+    llmcompress.quantize(
+        root / SAMPLE, tmp_path / "nearest", format="gptq", imatrix=str(source), **nearest_options
+    )
+    assert {tensor.method for tensor in result.outputs[0].tensors if tensor.rows_checked} == {"gptq"}
+    fed, nearest = tensors_of(tmp_path / "fed"), tensors_of(tmp_path / "nearest")
+    version, index = "gptq" if sym else "gptq_v2", json.loads((hessian / "index.json").read_text())["weights"]
+    shares = []
+    for module in modules_of(fed):
+        weights = weights_of(root / SAMPLE, f"{module}.weight").astype(np.float64)
+        (place,) = index[GGUF_NAMES[module.split(".", 3)[3]].format(module.split(".")[2])]
+        products = load_file(hessian / place["file"])["products"][place["matrix"]].astype(np.float64)
+        errors = []
+        for tensors in (fed, nearest):
+            error = decoded(tensors, module, bits, version) - weights
+            errors.append(((error @ products) * error).sum(1))
+        assert (errors[0] <= errors[1] * 1.0001).all()
+        shares.append(errors[0].sum() / errors[1].sum())
+    assert np.exp(np.mean(np.log(shares))) < 0.6
+
+
+GGUF_NAMES = {
+    "self_attn.q_proj": "blk.{}.attn_q.weight", "self_attn.k_proj": "blk.{}.attn_k.weight",
+    "self_attn.v_proj": "blk.{}.attn_v.weight", "self_attn.o_proj": "blk.{}.attn_output.weight",
+    "mlp.gate_proj": "blk.{}.ffn_gate.weight", "mlp.up_proj": "blk.{}.ffn_up.weight",
+    "mlp.down_proj": "blk.{}.ffn_down.weight",
+}  # fmt: skip
+
+
+@pytest.mark.slow
+def test_calibrating_on_the_way_gives_what_a_saved_calibration_gives(
+    root: Path, hessian: Path, tmp_path: Path
+) -> None:
+    llmcompress.quantize(root / SAMPLE, tmp_path / "saved", format="gptq", hessian=str(hessian))
+    result = llmcompress.quantize(
+        root / SAMPLE, tmp_path / "live", format="gptq", calibrate=True, tokens=8192
+    )
+    saved, live = tensors_of(tmp_path / "saved"), tensors_of(tmp_path / "live")
+    assert saved.keys() == live.keys()
+    assert {tensor.method for tensor in result.outputs[0].tensors if tensor.rows_checked} == {"gptq"}
+    same = [np.mean(saved[name] == live[name]) for name in saved if name.endswith("qweight")]
+    assert np.mean(same) > 0.9
+
+
+def test_every_expert_has_its_own_name_however_the_checkpoint_has_them(
+    tiny: Callable[[str], Path], tmp_path: Path
+) -> None:
+    for name, pattern in (
+        ("mixtral", "model.layers.1.block_sparse_moe.experts.3.w2"),
+        ("qwen3moe", "model.layers.1.mlp.experts.7.down_proj"),
+    ):
+        found = []
+        for layout in (name, f"{name}-fused"):
+            llmcompress.quantize(tiny(layout), tmp_path / layout, format="gptq", group_size=32)
+            found.append(tensors_of(tmp_path / layout))
+        single, fused = found
+        assert pattern in modules_of(single) and modules_of(single) == modules_of(fused)
+        assert all(np.array_equal(single[key], fused[key]) for key in single if ".experts." in key)
+        assert not any("gate.qweight" in key for key in single)
+        assert single.keys() == fused.keys()
+        settings = json.loads((tmp_path / name / "quantize_config.json").read_text())
+        assert any("gate" in rule for rule in settings["dynamic"])
+
+
+def test_gpt2s_transposed_linears_become_rows_of_outputs(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    llmcompress.quantize(tiny("gpt2"), tmp_path / "out", format="gptq", bits=8)
+    tensors = tensors_of(tmp_path / "out")
+    weights = weights_of(tiny("gpt2"), "transformer.h.0.attn.c_attn.weight").T
+    values = decoded(tensors, "transformer.h.0.attn.c_attn", 8, "gptq")
+    assert values.shape == weights.shape and np.abs(values - weights).max() < 0.01 * np.abs(weights).max()
+    assert "transformer.h.0.attn.c_attn.bias" in tensors
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"bits": 5}, "bits: 5 is none of 2, 3, 4, 8"),
+        ({"group_size": 100}, "group_size: 100 is none of 32, 64, 128, -1"),
+        ({"format": "awq"}, "'awq' is none of gguf, gptq"),
+        ({"type": "Q8_0"}, "types: means nothing to the format gptq"),
+        ({"pure": True}, "pure: means nothing to the format gptq"),
+        ({"format": "gguf", "bits": 3}, "bits: means nothing to the format gguf"),
+        ({"desc_act": True}, "desc_act: the order is that of the inputs: add --calibrate"),
+        ({"sym": "yes"}, "sym: cannot be 'yes'"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(
+    options: dict, message: str, small: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(RecipeError, match=message.replace("(", r"\(")):
+        llmcompress.quantize(small, tmp_path / "out", **{"format": "gptq"} | options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_rows_that_do_not_divide_are_refused_by_name_and_numbers(tmp_path: Path) -> None:
+    model = write_checkpoint(tmp_path / "model", Llama(hidden=192, feed_forward=416, heads=4, kv_heads=1))
+    with pytest.raises(PlanError, match=r"self_attn.k_proj: 48 outputs are not a multiple of 32"):
+        plan_gptq(model, tmp_path / "out", Recipe(format="gptq", group_size=64))
+    model = write_checkpoint(tmp_path / "other", Llama(hidden=192, feed_forward=416, heads=2, kv_heads=1))
+    with pytest.raises(
+        PlanError, match=r"(proj: 192 inputs are|proj: 416 inputs are) not a multiple of 128; choose"
+    ):
+        plan_gptq(model, tmp_path / "out", Recipe(format="gptq"))
+    plan_gptq(model, tmp_path / "out", Recipe(format="gptq", group_size=32))
+
+
+def test_a_folder_appears_whole_or_not_at_all(small: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(small, model)
+    poke(model, "model.layers.1.mlp.down_proj.weight", 5, float("nan"))
+    with pytest.raises(RunError, match=r"down_proj.weight' holds a NaN or infinity \(row 0, column 5\)"):
+        llmcompress.quantize(model, tmp_path / "out", format="gptq")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/mine.txt").write_text("mine")
+    with pytest.raises(LlmcompressError, match="is there already"):
+        llmcompress.quantize(small, tmp_path / "out", format="gptq")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine.txt"]
+
+
+def test_what_a_killed_run_left_is_replaced(small: Path, tmp_path: Path) -> None:
+    (tmp_path / "out.part").mkdir()
+    (tmp_path / "out.part/model.safetensors").write_bytes(b"torn")
+    llmcompress.quantize(small, tmp_path / "out", format="gptq")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_the_command_line(small: Path, tmp_path: Path) -> None:
+    run = CliRunner()
+    command = [
+        "quantize",
+        str(small),
+        "-o",
+        str(tmp_path / "{name}-{type}"),
+        "--format",
+        "gptq",
+        "--bits",
+        "3",
+    ]
+    planned = run.invoke(app, [*command, "--no-sym", "--group-size", "64", "--dry-run"])
+    assert planned.exit_code == 0 and "q_proj" in planned.stdout and not list(tmp_path.glob("model-*"))
+    done = run.invoke(app, [*command, "--no-sym", "--group-size", "64", "--json"])
+    assert done.exit_code == 0, done.output
+    (output,) = json.loads(done.stdout)["outputs"]
+    assert (
+        output["type"] == "GPTQ-3bit-64g-asym"
+        and (tmp_path / "model-GPTQ-3bit-64g-asym/config.json").is_file()
+    )
+    assert run.invoke(app, ["convert", str(small), "--format", "gptq"]).exit_code == 2
+
+
+needs_auto_gptq = pytest.mark.skipif(
+    not all(importlib.util.find_spec(name) for name in ("auto_gptq", "peft")), reason="needs auto-gptq 0.7.1"
+)
+
+
+@needs_auto_gptq
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"group_size": 32, "split_max_size": 10**6}, {"bits": 3, "group_size": 64}, {"bits": 8}, {"bits": 2, "group_size": -1}, {"sym": False}],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_auto_gptq_computes_the_logits_of_the_dequantized_model(
+    options: dict, dtype: str, tiny: Callable[[str], Path], tmp_path: Path
+) -> None:
+    bits, sym = options.get("bits", 4), options.get("sym", True)
+    folder, source = tmp_path / "gptq", tiny("llama")
+    llmcompress.quantize(source, folder, format="gptq", **options)
+    tensors, modules = tensors_of(folder), modules_of(tensors_of(folder))
+    model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype))
+    with torch.no_grad():
+        for module in modules:
+            values = decoded(tensors, module, bits, "gptq" if sym else "gptq_v2")
+            model.get_submodule(module).weight.copy_(torch.from_numpy(values))
+    if not sym:
+        store_as_first_version(folder, modules, bits)
+    tokens = [1, 5, 300, 17, 250, 99, 4, 77]
+    script = Path(__file__).with_name("auto_gptq_logits.py")
+    command = [sys.executable, script, folder, dtype, tmp_path / "logits.npy", *map(str, tokens)]
+    subprocess.run(command, check=True)
+    with torch.no_grad():
+        expected = model(input_ids=torch.tensor([tokens])).logits.float().numpy()
+    assert np.array_equal(np.load(tmp_path / "logits.npy"), expected)
+
+
+def store_as_first_version(folder: Path, modules: list[str], bits: int) -> None:
+    """auto-gptq 0.7.1 knows no second version: take one from every zero, each within its own bits."""
+    tensors = load_torch(folder / "model.safetensors")
+    top = np.uint32(2**bits - 1)
+    for module in modules:
+        zeros = tensors[f"{module}.qzeros"].numpy().view(np.uint32)
+        less = np.zeros_like(zeros)
+        for place in range(0, 32, bits):
+            less |= (((zeros >> np.uint32(place)) - np.uint32(1)) & top) << np.uint32(place)
+        tensors[f"{module}.qzeros"] = torch.from_numpy(less.view(np.int32))
+    save_torch(tensors, folder / "model.safetensors", {"format": "pt"})
