@@ -14,7 +14,7 @@ from llmcompress.converters.model import lockstep_of, read_tokenizer, require_fi
 
 from llmcompress import __version__
 from llmcompress.blocks import DEFAULT_HIDDEN_BYTES, Lockstep
-from llmcompress.calibrate import BATCH_TOKENS, GROUP_TOKENS, Calibration, batches_of, calibrate
+from llmcompress.calibrate import GROUP_TOKENS, Calibration, batch_tokens_of, batches_of, calibrate
 from llmcompress.calibration_state import CalibrationState
 from llmcompress.checkpoint import Checkpoint
 from llmcompress.errors import LlmcompressError
@@ -40,7 +40,7 @@ class CalibrationOptions:
     device: str = "auto"
     dtype: str = "auto"
     hidden_ram: int = DEFAULT_HIDDEN_BYTES  # bytes of waiting hidden states, more go to disk
-    batch_tokens: int = BATCH_TOKENS
+    batch_tokens: int | None = None  # run at once; by the model's width
     save_every: int = GROUP_TOKENS  # tokens
 
 
@@ -85,7 +85,7 @@ def calibrate_model(
             _make(folder)
         fingerprint = _fingerprint(checkpoint, rows, options, lockstep, hessian)
         state = CalibrationState(out.with_name(f"{out.name}.state"), fingerprint, hessian)
-        batches = batches_of(rows.rows, options.batch_tokens)
+        batches = batches_of(rows.rows, options.batch_tokens or batch_tokens_of(lockstep))
         found = calibrate(lockstep, batches, progress, state, options.save_every)
         statistics = _statistics(entries_of(steps, lockstep, found), checkpoint, lockstep, rows)
         statistics.save(out)
@@ -94,9 +94,7 @@ def calibrate_model(
             write_index(hessian, places_of(steps, lockstep, found.expected), found.sums, about)
         state.finish()
     notes = (*rows.notes, *found.complaints, *scarce_notes(_counts(statistics)))
-    return CalibrationReport(
-        out, statistics, rows.tokens, found.resumed, str(lockstep.model.dtype)[6:], notes
-    )
+    return CalibrationReport(out, statistics, rows.tokens, found.resumed, lockstep.precision, notes)
 
 
 def rows_and_model(checkpoint: Checkpoint, options: CalibrationOptions) -> tuple[TokenRows, Lockstep]:
@@ -132,7 +130,7 @@ def _statistics(
         {
             "calibration.tokens_sha256": rows.sha256,
             "calibration.tokens": str(rows.tokens),
-            "calibration.dtype": str(lockstep.model.dtype)[6:],
+            "calibration.dtype": lockstep.precision,
             "calibration.model": checkpoint.name,
             "version": __version__,
         },
@@ -182,7 +180,7 @@ def _fingerprint(
     lockstep: Lockstep,
     hessian: Path | None,
 ) -> str:
-    parts = (checkpoint.fingerprint(), rows.sha256, str(lockstep.model.dtype), options.batch_tokens,
+    parts = (checkpoint.fingerprint(), rows.sha256, lockstep.precision, options.batch_tokens,
              options.save_every, options.device, str(hessian and hessian.resolve()))  # fmt: skip
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 

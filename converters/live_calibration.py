@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from llmcompress.converters.calibration import CalibrationOptions, entries_of, places_of, rows_and_model
 
-from llmcompress.calibrate import Calibration, batches_of, calibrate, expected_of
+from llmcompress.calibrate import Calibration, batch_tokens_of, batches_of, calibrate, expected_of
 from llmcompress.checkpoint import Checkpoint
 from llmcompress.errors import RunError
 from llmcompress.gguf.imatrix import SHRINKAGE_TOKENS, mean_squares, scarce_notes
@@ -88,8 +88,9 @@ class LiveImportance:
         self.complaints: list[str] = []
         self._kept = _Kept() if products else None
         self._places = places_of(steps, self._lockstep, blank.expected)
+        self._batch_tokens = options.batch_tokens or batch_tokens_of(self._lockstep)
         self.fingerprint = hashlib.sha256(
-            f"{self._rows.sha256} {self._lockstep.model.dtype} {options.batch_tokens}".encode()
+            f"{self._rows.sha256} {self._lockstep.precision} {self._batch_tokens}".encode()
         ).hexdigest()
         self._changed = threading.Condition()
         self._reached, self._stopped, self._error = -1, False, None
@@ -145,7 +146,7 @@ class LiveImportance:
 
     def _run(self) -> None:
         try:
-            batches = batches_of(self._rows.rows, self._options.batch_tokens)
+            batches = batches_of(self._rows.rows, self._batch_tokens)
             found = calibrate(
                 self._lockstep,
                 batches,

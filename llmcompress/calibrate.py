@@ -20,7 +20,11 @@ from llmcompress.linear_inputs import LinearInputs
 from llmcompress.progress import Progress
 from llmcompress.stats import TensorStats
 
-BATCH_TOKENS = 2048
+BATCH_TOKENS = 2048  # at most
+FEWEST_TOKENS = 512
+ACTIVATION_BYTES = (
+    2**23
+)  # of a batch's widest activation: larger ones leave the cache, and pages of theirs are cleared
 GROUP_TOKENS = 2**16  # between two saves
 
 
@@ -53,6 +57,12 @@ def batches_of(rows: Sequence[np.ndarray], tokens: int = BATCH_TOKENS) -> list[t
             for first in range(0, len(alike), rows_each)
         ]
     return batches
+
+
+def batch_tokens_of(lockstep: Lockstep) -> int:
+    """How many tokens are best run at once."""
+    widest = max(max(value.shape) for value in lockstep.parameters_of(0).values() if value.ndim)
+    return min(BATCH_TOKENS, max(FEWEST_TOKENS, ACTIVATION_BYTES // (4 * widest)))
 
 
 def groups_of(batches: Sequence[torch.Tensor], tokens: int = GROUP_TOKENS) -> Iterator[list[torch.Tensor]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -22,8 +23,12 @@ class MixedProducts(TorchFunctionMode):
     """While active, float32 inputs of a bfloat16 matrix are rounded to bfloat16 for the product alone.
 
     What lies between the products, the residual stream above all, stays float32: on a model of 6 M weights sums of x²
-    were 2.5 times nearer to float32's than with all in bfloat16, at 0.93 of the speed.
+    were 2.5 times nearer to float32's than with all in bfloat16, at 0.93 of the speed. For one thread.
     """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._last: tuple[torch.Tensor, int, torch.Tensor] | None = None
 
     def __torch_function__(
         self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
@@ -32,14 +37,21 @@ class MixedProducts(TorchFunctionMode):
         if func is functional.linear:
             inputs, weight, *bias = args
             if _mixed(inputs, weight):
-                return _plus(func(inputs.bfloat16(), weight), bias[0] if bias else kwargs.get("bias"))
+                return _plus(func(self._rounded(inputs), weight), bias[0] if bias else kwargs.get("bias"))
         elif func is torch.addmm and _mixed(args[1], args[2]) and not kwargs:
-            return _plus(args[1].bfloat16() @ args[2], args[0])
+            return _plus(self._rounded(args[1]) @ args[2], args[0])
         elif func in _PRODUCTS and len(args) > 1 and _mixed(args[0], args[1]):
-            return func(args[0].bfloat16(), args[1]).float()
+            return func(self._rounded(args[0]), args[1]).float()
         return func(*args, **kwargs)
 
+    def _rounded(self, inputs: torch.Tensor) -> torch.Tensor:
+        """In bfloat16; that of q, k and v, which share it, once."""
+        if self._last is None or self._last[0] is not inputs or self._last[1] != inputs._version:
+            self._last = inputs, inputs._version, inputs.bfloat16()
+        return self._last[2]
 
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 _PRODUCTS = {torch.matmul, torch.mm, torch.Tensor.matmul, torch.Tensor.mm, torch.Tensor.__matmul__}
 
 
@@ -90,7 +102,17 @@ def compute_device(asked: str) -> torch.device:
         raise LlmcompressError(f"--device {asked}: {' '.join(str(error).split())[:200]}") from None
     if device.type == "cpu":
         torch.set_num_threads(cores())
+        _keep_freed_memory()
     return device
+
+
+def _keep_freed_memory() -> None:
+    """Tell glibc not to hand each freed activation back to the system, which would have to clear it for the next:
+    a model of 0.5 billion weights ran 1.25 times as fast. What a block leaves is handed back at its end."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt:
+        mallopt(_M_MMAP_THRESHOLD, 2**25)  # the most it takes
+        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def _bfloat16_instructions() -> bool:

@@ -51,11 +51,14 @@ def calibrate(
     ] = None,
     seed: Annotated[int, typer.Option("--seed", help="Decides which documents are taken, and their order.")] = 0,
     dtype: Annotated[
-        str, typer.Option("--dtype", metavar="TYPE", help="f32, bf16, or auto: bf16 where it is stored and fast.")
+        str, typer.Option("--dtype", metavar="TYPE", help="f32, bf16, mixed (bf16 products alone), or auto: mixed where bf16 is stored and fast.")
     ] = "auto",
     device: Device = "auto",
     hidden_ram: HiddenRam = "1GiB",
-    batch_tokens: Annotated[int, typer.Option("--batch-tokens", min=1, help="Tokens run at once.")] = 2048,
+    batch_tokens: Annotated[
+        Optional[int],
+        typer.Option("--batch-tokens", metavar="N", min=1, help="Tokens run at once.  [default: by the model's width]"),
+    ] = None,
     save_every: Annotated[
         str, typer.Option("--save-every", metavar="N", help="Tokens between two saves, each a pass over the weights.")
     ] = "64k",
