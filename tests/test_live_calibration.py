@@ -7,12 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from llmcompress.converters.calibration import CalibrationOptions, calibrate_model
+from llmcompress.converters.to_gguf import plan_gguf
 from tiny_models import BYTE_BPE, SENTENCEPIECE, build
 
 import llmcompress
 from llmcompress.checkpoint import Checkpoint
-from llmcompress.converters.calibration import CalibrationOptions, calibrate_model
-from llmcompress.converters.to_gguf import plan_gguf
 from llmcompress.errors import LlmcompressError, PlanError, RecipeError
 from llmcompress.gguf.reader import GGUFFile
 from llmcompress.importance import Importance
