@@ -49,7 +49,8 @@ class Lockstep:
     blocks: names of the decoder blocks, such as `model.layers.0`, in order. head: the output matrix's parameter, by
     the name that has a tensor in the checkpoint: the embedding's where they are tied.
     `weights` are read as they are needed, onto `device`. Hidden states beyond `hidden_bytes` bytes wait in a file. On a
-    CPU as many batches run side by side as torch has threads, each in one: of small matrices that is faster.
+    CPU as many batches run side by side as torch has threads, each in one, which is faster. Models that transformers
+    loaded run one batch at a time: layers of bitsandbytes rearrange their weights in the first forward.
     """
 
     mixed = False  # whether products are of bfloat16, see MixedProducts
@@ -59,7 +60,8 @@ class Lockstep:
         hidden_bytes: int = DEFAULT_HIDDEN_BYTES,
     ) -> None:  # fmt: skip
         self.model, self.weights, self.device = model, weights, device
-        self.workers = torch.get_num_threads() if device.type == "cpu" else 1
+        side_by_side = device.type == "cpu" and isinstance(weights, PartWeights)
+        self.workers = torch.get_num_threads() if side_by_side else 1
         self.blocks, modules = _decoder_blocks(self.model)
         heads = self._owned_by(model.get_output_embeddings())
         own = {target.parameter for target in weights.targets.values()}

@@ -213,6 +213,8 @@ class Chooser:
         rule = self.rules.find(name) if self._rules_apply(name, role) else None
         if rule is None and role in self.direct:
             return self._checked(name, shape, *self.direct[role])
+        if rule is None and self.file_type.name == "COPY":
+            return TypeChoice(source, f"COPY: {source}, as it is", fixed=True)
         wanted, reason = rule or self._without_rule(name, role, shape)
         kind, reason = with_fallback(name, shape, wanted, reason)
         fixed = bool(rule) or self._asked_for_as_output(role)

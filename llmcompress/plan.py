@@ -27,7 +27,7 @@ from llmcompress.importance import Importance, Source
 from llmcompress.machine import cores, free_disk
 from llmcompress.mix import ModelTraits
 from llmcompress.output import Output, OutputFile, output_paths, part_path, place, typed_metadata
-from llmcompress.recipe import Recipe
+from llmcompress.recipe import SOURCE_TYPES, Recipe
 from llmcompress.sizes import format_size
 from llmcompress.step import Slab, Step, slab_rows, slabs_of, stored_type
 
@@ -193,13 +193,15 @@ def _existing_parent(path: Path) -> Path:
 
 
 def _file_type(name: str, steps: Sequence[Step]) -> FileType:
-    """The file type of that name; `auto` is the float type most of the checkpoint's weights have."""
-    if name.lower() == "auto":
-        totals: Counter[str] = Counter()
-        for step in steps:
-            totals[step.dtype] += step.weights
-        name = totals.most_common(1)[0][0]
-    return find_file_type(name)
+    """The file type of that name; `auto` is the float type most of the checkpoint's weights have, `COPY` goes by its
+    number and leaves every tensor as it is."""
+    if name.upper() not in SOURCE_TYPES:
+        return find_file_type(name)
+    totals: Counter[str] = Counter()
+    for step in steps:
+        totals[step.dtype] += step.weights
+    found = find_file_type(totals.most_common(1)[0][0])
+    return replace(found, name="COPY") if name.upper() == "COPY" else found
 
 
 def _importance(steps: Sequence[Step], imatrix: Source | None) -> tuple[Importance, list[str]]:

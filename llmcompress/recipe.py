@@ -18,6 +18,7 @@ from llmcompress.grids.integer import BITS, GROUPS
 from llmcompress.methods import METHODS
 from llmcompress.sizes import parse_count, parse_size
 
+SOURCE_TYPES = ("AUTO", "COPY")  # file types that the checkpoint decides
 VERIFY = ("off", "sample", "full")
 FALLBACKS = ("llama.cpp", "best")
 FORMATS = ("gguf", "gptq")
@@ -66,7 +67,7 @@ class Recipe:
         if not self.types:
             raise RecipeError("no type is asked for: give at least one, such as Q4_K_M")
         for name in self.types:
-            if name.lower() != "auto":
+            if name.upper() not in SOURCE_TYPES:
                 find_file_type(name)
         if self.verify not in VERIFY:
             raise RecipeError(

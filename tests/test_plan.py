@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from llmcompress.converters.to_gguf import plan_gguf
 from safetensors.numpy import load_file, save_file
@@ -203,6 +204,20 @@ def test_overrides_and_the_mix(root: Path, tmp_path: Path) -> None:
     assert chosen(output_tensor_type="Q5_K")["token_embd.weight"] == "Q5_K"  # tied: it serves as the output
     ruled = chosen(tensor_types=[["blk.0.ffn", "Q8_0"], ["ffn_up", "Q3_K"]])
     assert ruled["blk.0.ffn_up.weight"] == "Q8_0" and ruled["blk.1.ffn_up.weight"] == "Q3_K"
+
+
+def test_copy_leaves_every_tensor_as_it_is(model: Path) -> None:
+    def halve(tensors: dict) -> None:
+        tensors["model.layers.1.mlp.up_proj.weight"] = tensors["model.layers.1.mlp.up_proj.weight"].astype(
+            np.float16
+        )
+
+    edit_tensors(model, halve)
+    output = planned(model, types="COPY").outputs[0]
+    types = types_of(planned(model, types="copy"))
+    assert output.file_type.name == "COPY" and "COPY" in str(output.files[0].path)
+    assert types["blk.1.ffn_up.weight"] == "F16"
+    assert {kind for name, kind in types.items() if name != "blk.1.ffn_up.weight"} == {"F32"}
 
 
 def test_auto_is_the_float_type_most_weights_have(root: Path, model: Path, tmp_path: Path) -> None:
