@@ -348,7 +348,11 @@ def test_auto_gptq_computes_the_logits_of_the_dequantized_model(
     subprocess.run(command, check=True)
     with torch.no_grad():
         expected = model(input_ids=torch.tensor([tokens])).logits.float().numpy()
-    assert np.array_equal(np.load(tmp_path / "logits.npy"), expected)
+    found = np.load(tmp_path / "logits.npy")
+    if dtype == "float32":
+        assert np.array_equal(found, expected)
+    else:  # the same weights, but products of float16 are summed in another order
+        assert np.abs(found - expected).max() < 0.004 * np.abs(expected).max()
 
 
 def store_as_first_version(folder: Path, modules: list[str], bits: int) -> None:
