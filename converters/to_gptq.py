@@ -259,7 +259,7 @@ def _quantized(plan: GptqPlan, linear: Linear, progress: Progress) -> tuple[dict
 
     found: dict[int, Fidelity] = {}
     workers = plan.recipe.threads or cores()
-    with closing(in_parallel(workers, _slabs(linear), do, plan.importance.stop)) as done:
+    with closing(in_parallel(workers, _slabs(linear), do)) as done:
         for slab, fidelity in done:
             found[slab.first] = fidelity
             progress.advance(step.source_bytes(slab.rows))
