@@ -203,7 +203,7 @@ def job(
         _carry_out(model, out, merged, as_json, dry or dry_run)
 
     if name != "quantize":
-        command.__signature__ = _without(inspect.signature(command), OF_CHECKPOINTS)
+        command.__signature__ = _without(inspect.signature(command, eval_str=True), OF_CHECKPOINTS)
     app.command(name, help=summary)(command)
 
 

@@ -80,7 +80,11 @@ def test_the_plan_names_every_tensor_its_type_and_why(place: Path) -> None:
         assert f" {tensor['type']} " in line and line.rstrip().endswith(tensor["reason"])
     assert "memory:" in done.stdout and "disk:" in done.stdout
     assert [path.name for path in place.iterdir()] == ["examples"]
-    assert llmcompress("quantize", SAMPLE, "-t", "Q4_K_M", "--dry-run", cwd=place).stdout == done.stdout
+    dry = llmcompress("quantize", SAMPLE, "-t", "Q4_K_M", "--dry-run", cwd=place).stdout
+    tables = (
+        [line for line in out.splitlines() if not line.startswith("disk:")] for out in (dry, done.stdout)
+    )
+    assert next(tables) == next(tables)  # what is free on the disk may change any time
 
 
 def test_a_recipe_file_is_the_same_as_flags_and_flags_win(place: Path) -> None:
@@ -120,7 +124,7 @@ def test_a_terminal_gets_a_bar(place: Path) -> None:
         pass
     assert process.wait(60) == 0
     text = seen.decode()
-    assert "\x1b[" in text and "writing" in text and " MB" in text and "MB/s" in text
+    assert "\x1b[" in text and "writing" in text and " MiB" in text and "MiB/s" in text
     process.stdout.close()
     os.close(ours)
 

@@ -203,7 +203,7 @@ def test_the_command_line_says_it_in_one_line(
 @pytest.mark.slow
 def test_a_q3_k_file_is_far_closer_to_its_model(root: Path, tmp_path: Path) -> None:
     model = root / "examples" / "sample-llama-6m"
-    calibrated = {"data": ["prose"], "tokens": 2**15, "calibrate": True, "pure": True, "type": "Q3_K_S"}
+    calibrated = {"data": ["prose"], "tokens": 2**15, "calibrate": True, "type": "Q3_K_M"}
     options = EvaluationOptions(data=("dialogue",), tokens=4096)
 
     def kl(method: str) -> float:

@@ -31,9 +31,13 @@ def seen_by_lockstep(folder: Path) -> dict[str, InputSums]:
     with torch.no_grad():
         lockstep.start(batches(lockstep.model.config.vocab_size))
         for block in range(len(lockstep.blocks)):
-            with lockstep.loaded(block) as parameters, LinearInputs(parameters, products=True) as inputs:
-                lockstep.through(block)
-            found |= inputs.sums
+            total = LinearInputs({}, products=True)
+            with lockstep.loaded(block) as parameters:
+                watches = [LinearInputs(parameters, products=True, batch=batch) for batch in range(2)]
+                lockstep.through(block, watch=watches.__getitem__)
+            for watch in watches:
+                total.merge(watch)
+            found |= total.sums
     return found
 
 
