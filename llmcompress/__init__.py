@@ -37,11 +37,12 @@ def quantize(
 
     recipe = parse_recipe({"types": type} | options, label="quantize(): {}".format)
     if recipe.format == "gptq":
-        from llmcompress.converters.to_gptq import plan_gptq, run_gptq
+        from llmcompress.converters.coded_linears import run_coded
+        from llmcompress.converters.to_gptq import plan_gptq
 
         checkpoint_plan = plan_gptq(model, out, recipe)
         with checkpoint_plan.checkpoint:
-            return run_gptq(checkpoint_plan, progress)
+            return run_coded(checkpoint_plan, progress)
     plan = plan_gguf(model, out, recipe)
     with plan.checkpoint:
         return run(plan, progress)

@@ -1,7 +1,7 @@
 """What a job has finished, so that the same command goes on after a kill at any moment.
 
-JSON lines beside the output: the job's fingerprint, then batches of finished slabs with the CRC-32 of what
-was written for each output, at last what the check of the finished files measured. A batch is appended only
+JSON lines beside the output: the job's fingerprint, then batches of finished slabs with the CRC-32s of what
+was written, at last what the check of the finished files measured. A batch is appended only
 after its data has reached the disk. A torn last line, a line that makes no sense, a slab whose bytes do not
 have their sum, or a journal of another job counts for nothing.
 """
@@ -18,7 +18,7 @@ from typing import Any
 
 from llmcompress.errors import InterruptedRun
 
-Sums = tuple[int, ...]  # one CRC-32 for each output
+Sums = tuple[float, ...]  # CRC-32s of what was written; what else a job notes of a slab
 sync = getattr(os, "fdatasync", os.fsync)  # macOS has only the slower one
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

@@ -92,7 +92,8 @@ def make_checkpoint(model: str, out: str, recipe: Recipe, as_json: bool, dry: bo
     if recipe.calibrate or recipe.hessian:
         patient_threads()
     from llmcompress import display
-    from llmcompress.converters.to_gptq import plan_gptq, planned, run_gptq
+    from llmcompress.converters.coded_linears import planned, run_coded
+    from llmcompress.converters.to_gptq import plan_gptq
 
     plan = plan_gptq(model, out, recipe)
     if dry:
@@ -101,7 +102,7 @@ def make_checkpoint(model: str, out: str, recipe: Recipe, as_json: bool, dry: bo
         progress = display.live_progress()
         try:
             with plan.checkpoint:
-                result = run_gptq(plan, progress)
+                result = run_coded(plan, progress)
         finally:
             progress.close()
     if as_json:

@@ -143,7 +143,7 @@ def make_plan(
         _check_importance(file_type, steps, chosen, importance)
         outputs.append(lay_out(chosen))
     headers = sum(len(file.header) for output in outputs for file in output.files)
-    workers, slab_weights, ram = _fit_memory(steps, recipe, headers)
+    workers, slab_weights, ram = fit_memory(steps, recipe, headers, BYTES_PER_SLAB_WEIGHT)
     plan = Plan(
         checkpoint.name, checkpoint, recipe, tuple(steps), tuple(outputs), importance,
         (*notes, *more_notes), workers, slab_weights, ram,
@@ -267,20 +267,23 @@ def _check_paths(plan: Plan) -> None:
             raise PlanError(f"{file.path}: is read by this job; choose another name for the result")
 
 
-def _fit_memory(steps: Sequence[Step], recipe: Recipe, headers: int) -> tuple[int, int, int]:
+def fit_memory(
+    steps: Sequence[Step], recipe: Recipe, headers: int, bytes_per_weight: int
+) -> tuple[int, int, int]:
     """Workers, weights per slab and expected bytes so that the job stays within `recipe.max_ram`.
 
-    One worker more than there are cores keeps them busy while a worker waits for the disk.
+    `bytes_per_weight`: of each worker's slab. One worker more than there are cores keeps them busy while a worker
+    waits for the disk. Raises PlanError where it is too little.
     """
     fixed = FIXED_RAM + BYTES_PER_HEADER_BYTE * headers
     slab_weights = SLAB_WEIGHTS
     for workers in range(recipe.threads or cores() + 1, 0, -1):
         largest = max(slab_rows(step, slab_weights) * step.columns for step in steps)
-        ram = fixed + workers * largest * BYTES_PER_SLAB_WEIGHT
+        ram = fixed + workers * largest * bytes_per_weight
         if ram <= recipe.max_ram:
             return workers, slab_weights, ram
     smallest = max(step.operation.group * step.columns for step in steps)
-    ram = fixed + max(smallest, slab_weights // 8) * BYTES_PER_SLAB_WEIGHT
+    ram = fixed + max(smallest, slab_weights // 8) * bytes_per_weight
     if ram <= recipe.max_ram:
         return 1, slab_weights // 8, ram
     raise PlanError(

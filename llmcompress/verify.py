@@ -112,7 +112,7 @@ def _compare(plan: Plan, files: list[list[GGUFFile]], slab: Slab) -> list[Fideli
         if not np.isfinite(decoded).all():
             raise RunError(f"{file.path}: {step.name} decodes to a NaN or infinity near row {slab.first}")
         np.subtract(decoded, source.float32, out=decoded)
-        fidelity = Fidelity(slab.rows, _squares(decoded), _squares(source.float32))
+        fidelity = Fidelity(slab.rows, squares(decoded), squares(source.float32))
         if place.grid.name == step.dtype and step.operation.compute is None and fidelity.squared_error:
             raise RunError(
                 f"{file.path}: {step.name} was copied and yet differs from its source near row {slab.first}"
@@ -121,7 +121,7 @@ def _compare(plan: Plan, files: list[list[GGUFFile]], slab: Slab) -> list[Fideli
     return measured
 
 
-def _squares(values: np.ndarray) -> float:
+def squares(values: np.ndarray) -> float:
     """The sum of squares in float64; einsum casts piece by piece, and starts no threads as a BLAS product does."""
     return float(np.einsum("i,i->", values.ravel(), values.ravel(), dtype=np.float64))
 

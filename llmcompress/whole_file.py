@@ -1,9 +1,8 @@
-"""Files and folders that appear under their name whole or not at all."""
+"""Files that appear under their name whole or not at all."""
 
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -34,30 +33,6 @@ def whole_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
     finally:
         with suppress(OSError):  # after success it is not there
             part.unlink()
-
-
-@contextmanager
-def whole_folder(path: str | os.PathLike) -> Iterator[Path]:
-    """A folder to fill, which is `NAME.part` until the block ends and then gets the name `path`.
-
-    After an exception it is gone. Raises LlmcompressError where something is in its place already, or where
-    it cannot be made.
-    """
-    path = Path(path)
-    require_free_place(path)
-    part = path.with_name(path.name + ".part")
-    try:
-        if part.exists():  # of a run that was killed
-            shutil.rmtree(part)
-        part.mkdir(parents=True)
-        yield part
-        os.replace(part, path)
-    except OSError as error:
-        raise LlmcompressError(
-            f"{error.filename or path}: cannot be written: {error.strerror or error}"
-        ) from None
-    finally:
-        shutil.rmtree(part, ignore_errors=True)  # after success it is not there
 
 
 def require_free_place(path: Path) -> None:

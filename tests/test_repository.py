@@ -40,7 +40,7 @@ LAYERS = [
     {"importance"},
     {"output"},
     {"plan"},
-    {"allocate", "slab", "journal", "verify", "report", "run", "fallback"},
+    {"allocate", "slab", "journal", "verify", "report", "run", "fallback", "checkpoint_output"},
     {"sensitivity", "gains"},
     {"target"},
     {"converters"},
