@@ -166,6 +166,22 @@ def _is_copy(checkpoint: Checkpoint, head: TensorInfo, embedding: TensorInfo) ->
     )
 
 
+def pieces_of(
+    architecture: Architecture, config: Config, tensor: TensorInfo
+) -> list[tuple[tuple[str, int], Piece]]:
+    """Which rows of a tensor of the checkpoint become which matrix of which tensor of the GGUF, whatever that is made of.
+
+    Raises PlanError for a tensor without a rule."""
+    matchers = [_matcher(pattern, rule) for pattern, rule in architecture.tensors.items()]
+    rule, layer, expert, suffix = _match(architecture, matchers, tensor)
+    found = []
+    for part, target in enumerate(rule.targets if rule else ()):
+        name = target.replace("{i}", layer) + (suffix or ".weight")
+        pieces = _pieces(tensor, rule, part, rule.operation(config, tensor))
+        found += [((name, matrix if expert is None else expert), piece) for matrix, piece in enumerate(pieces)]
+    return found
+
+
 _NUMBER = "0|[1-9][0-9]*"  # as transformers writes it: no second spelling of a layer
 
 

@@ -139,6 +139,8 @@ SIGNATURES = {  # function: (result, arguments)
     "llama_detokenize": (c_int32, [c_void_p, POINTER(c_int32), c_int32, c_char_p, c_int32, c_bool, c_bool]),
     "llama_batch_init": (Batch, [c_int32, c_int32, c_int32]),
     "llama_batch_free": (None, [Batch]),
+    "llama_adapter_lora_init": (c_void_p, [c_void_p, c_char_p]),
+    "llama_set_adapters_lora": (c_int32, [c_void_p, POINTER(c_void_p), c_size_t, POINTER(c_float)]),
     "llama_get_memory": (c_void_p, [c_void_p]),
     "llama_memory_clear": (None, [c_void_p, c_bool]),
     "llama_decode": (c_int32, [c_void_p, Batch]),
@@ -270,6 +272,18 @@ class Model:
         if self._model:
             self.lib.llama_model_free(self._model)
         self._context = self._model = self._vocab = None
+
+    def use_adapter(self, path: str | os.PathLike | None, scale: float = 1.0) -> None:
+        """Compute with a LoRA in a GGUF from here on, with none for None. It is freed with the model."""
+        adapters = []
+        if path is not None:
+            log_lines.clear()
+            adapters = [self.lib.llama_adapter_lora_init(self._model, os.fsencode(path))]
+            if not adapters[0]:
+                raise RuntimeError(f"llama.cpp does not load {path}:\n{''.join(log_lines)}")
+        handles, scales = (c_void_p * 1)(*adapters), (c_float * 1)(scale)
+        if self.lib.llama_set_adapters_lora(self._context, handles, len(adapters), scales):
+            raise RuntimeError(f"llama.cpp does not use {path}:\n{''.join(log_lines)}")
 
     def __enter__(self) -> Model:
         return self

@@ -1,0 +1,121 @@
+"""Where the matrices of an adapter go in a checkpoint: mostly to tensors of the same name.
+
+Releases of transformers disagree on experts, which are single linears or one stacked tensor: there, the tables say
+which rows of the one are which of the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+
+from llmcompress.converters.architecture import pieces_of
+from llmcompress.converters.config import Config
+from llmcompress.converters.families import find_architecture, weight_steps
+
+from llmcompress.adapter import Adapter, LowRank
+from llmcompress.checkpoint import Checkpoint
+from llmcompress.errors import PlanError, shown
+from llmcompress.merged import HEAD, MergedCheckpoint, Patch, bind, embedding_name, find_name, found_name
+from llmcompress.step import Piece
+from llmcompress.tensor_info import TensorInfo
+
+
+def with_adapter(checkpoint: Checkpoint, adapter: str | Path) -> MergedCheckpoint:
+    """The checkpoint with an adapter, a folder or a hub id, merged into it as it is read. Raises LlmcompressError."""
+    opened = Adapter.open(adapter)
+    return MergedCheckpoint(checkpoint, opened, bind(opened, checkpoint.index, Places(opened, checkpoint).patches()))
+
+
+class Places:
+    """The places of an adapter's matrices in a checkpoint."""
+
+    def __init__(self, adapter: Adapter, checkpoint: Checkpoint) -> None:
+        self.adapter, self.checkpoint = adapter, checkpoint
+
+    def patches(self) -> dict[str, list[Patch]]:
+        """What is added to each tensor. Raises PlanError for a matrix that fits none, or one of another shape."""
+        found: dict[str, list[Patch]] = {}
+        for update in self.adapter.low_rank:
+            for name, patch in self._patches(update):
+                taken = found.setdefault(name, [])
+                if any(patch.first < other.first + other.rows and other.first < patch.first + patch.rows for other in taken):
+                    raise PlanError(f"{self.adapter.directory}: changes {shown(name)} twice; save the adapter again")
+                taken.append(patch)
+        return found
+
+    def _patches(self, update: LowRank) -> list[tuple[str, Patch]]:
+        index = self.checkpoint.index
+        name = find_name(index, update.name)
+        if name is None:
+            return self._among_experts(update)
+        tensor = index.get(name) or index[embedding_name(self.adapter, index)]
+        self._check(update, tensor)
+        flipped = tensor.shape[-2:] != (update.outputs, update.inputs)
+        if update.outputs == update.inputs and not update.embedding:
+            flipped = self._is_flipped(name)
+        rows = tensor.shape[-2]
+        return [(name, Patch(update, matrix * rows, rows, matrix, 0, flipped)) for matrix in range(update.matrices)]
+
+    def _check(self, update: LowRank, tensor: TensorInfo) -> None:
+        shape = (*([update.matrices] if len(tensor.shape) == 3 or update.matrices > 1 else []),)
+        fits = ((*shape, update.outputs, update.inputs), (*shape, update.inputs, update.outputs))
+        if tensor.shape not in fits[: 1 if update.embedding else 2]:
+            raise PlanError(
+                f"{self.adapter.directory}: {shown(update.name)} is changed by matrices of "
+                f"{'x'.join(map(str, fits[0]))}, {tensor.name} is {'x'.join(map(str, tensor.shape))}; "
+                "give the model it was trained on"
+            )
+
+    def _is_flipped(self, name: str) -> bool:
+        """Whether a square weight is (inputs, outputs): by the model's table, else as the adapter says."""
+        uses = [step.operation.transposed for step in self._steps or ()
+                for piece in step.pieces if piece.tensor.name == name]  # fmt: skip
+        return all(uses) if uses else bool(self.adapter.config.get("fan_in_fan_out"))
+
+    def _among_experts(self, update: LowRank) -> list[tuple[str, Patch]]:
+        """The parts of single or stacked experts that go where the update's go."""
+        shape = (update.outputs, update.inputs)
+        source = TensorInfo(
+            update.name, (update.matrices, *shape) if update.matrices > 1 else shape, "F32", self.adapter.directory, 0, 0
+        )
+        found = []
+        try:
+            pieces = pieces_of(*self._table, source) if self._table else []
+        except PlanError:
+            pieces = []
+        for place, own in pieces:
+            there = self._pieces.get(place)
+            if there is None or (there.rows, there.tensor.columns) != (own.rows, update.inputs):
+                pieces = []
+                break
+            matrix, start = divmod(own.first, update.outputs)
+            found.append((there.tensor.name, Patch(update, there.first, own.rows, matrix, start)))
+        if not pieces:
+            found_name(self.adapter, self.checkpoint.index, update.name)  # raises
+        return found
+
+    @cached_property
+    def _table(self):
+        config = Config(self.checkpoint.config)
+        try:
+            architecture = find_architecture(config)
+        except PlanError:
+            return None
+        return architecture, architecture.config(self.checkpoint.config)
+
+    @cached_property
+    def _steps(self):
+        return weight_steps(self.checkpoint) if self._table else None
+
+    @cached_property
+    def _pieces(self) -> Mapping[tuple[str, int], Piece]:
+        """The checkpoint's rows by what they become: matrices of tensors of the GGUF."""
+        return {place: piece for tensor in self.checkpoint.index.values() for place, piece in self._pieces_of(tensor)}
+
+    def _pieces_of(self, tensor: TensorInfo) -> list[tuple[tuple[str, int], Piece]]:
+        try:
+            return pieces_of(*self._table, tensor)
+        except PlanError:  # a tensor beside the model
+            return []

@@ -1,0 +1,239 @@
+"""The job of `convert-lora`: a peft adapter to a GGUF that llama.cpp adds to a model with `--lora`.
+
+A file holds a pair of matrices for each weight it changes, `NAME.lora_a` (rank, inputs) and `NAME.lora_b` (outputs,
+rank), and one number, `adapter.lora.alpha`; llama.cpp adds alpha / rank · lora_b · lora_a, the rank being that of the
+pair. Whatever else multiplies is folded into lora_b. The weights' own steps say which rows go where: what a step does
+to rows is done to lora_b, what it does to columns to lora_a.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from llmcompress.converters.adapters import Places
+from llmcompress.converters.config import Config
+from llmcompress.converters.families import find_architecture, weight_steps
+
+from llmcompress import __version__
+from llmcompress.adapter import Adapter, LowRank
+from llmcompress.checkpoint import Checkpoint
+from llmcompress.errors import PlanError, RunError, nearest, shown
+from llmcompress.gguf.layout import TensorEntry, lay_out
+from llmcompress.gguf.types import TYPES
+from llmcompress.gguf.value import Metadata, f32, string
+from llmcompress.grids import GRIDS
+from llmcompress.grids.floats import count_saturated
+from llmcompress.merged import HEAD, Patch
+from llmcompress.progress import Progress
+from llmcompress.slab import LARGEST
+from llmcompress.step import Piece, Step
+from llmcompress.whole_file import whole_file
+
+FLOAT_TYPES = ("F32", "F16", "BF16")
+EMBEDDING, OUTPUT = "token_embd.weight", "output.weight"
+# Matrices that llama.cpp does not multiply with through its adapters, and so would leave as they are.
+UNADAPTED = re.compile(r"position_embd\.|blk\.\d+\.attn_(k|v|kv)_b\.|.*conv1d\.")
+MERGE = "merge it instead: llmcompress merge MODEL ADAPTER"
+
+
+@dataclass(frozen=True)
+class Pair:
+    """What is added to one tensor of the GGUF: the patches of each of its matrices, by the piece they fall on.
+
+    ranks: of each matrix, all updates that share it together; the file's rank is the largest."""
+
+    step: Step
+    ranks: tuple[int, ...]
+    patches: Mapping[str, Sequence[Patch]]
+
+    @property
+    def entries(self) -> list[tuple[str, tuple[int, ...]]]:
+        """Names and shapes, slowest axis first."""
+        rank, (*stack, rows, columns) = max(self.ranks), self.step.shape
+        if self.step.name == EMBEDDING:  # llama.cpp looks rows of lora_a up, and multiplies them with lora_b
+            return [(f"{EMBEDDING}.lora_a", (rows, rank)), (f"{EMBEDDING}.lora_b", (columns, rank))]
+        name = self.step.name
+        return [(f"{name}.lora_a", (*stack, rank, columns)), (f"{name}.lora_b", (*stack, rows, rank))]
+
+
+@dataclass(frozen=True)
+class LoraPlan:
+    """What is written, from headers alone."""
+
+    adapter: Adapter
+    architecture: str
+    pairs: tuple[Pair, ...]
+    alpha: float
+    path: Path
+    type: str
+
+    @property
+    def metadata(self) -> Metadata:
+        name = self.adapter.directory.resolve().name
+        return {
+            "general.architecture": string(self.architecture),
+            "general.type": string("adapter"),
+            "general.name": string(name),
+            "adapter.type": string("lora"),
+            "adapter.lora.alpha": f32(self.alpha),
+            "llmcompress.version": string(__version__),
+        }
+
+
+def plan_lora(adapter: str | Path, base: str | Path, out: str | Path, type: str = "F32") -> LoraPlan:
+    """Which tensors the adapter's GGUF will have. Raises LlmcompressError for what the format cannot hold, and for an
+    adapter of another model than `base`."""
+    if type.upper() not in FLOAT_TYPES:
+        raise PlanError(f"--type {type}: none of {', '.join(FLOAT_TYPES)}{nearest(type, FLOAT_TYPES)}")
+    opened = Adapter.open(adapter)
+    _check_kind(opened)
+    with Checkpoint.open(base) as checkpoint:
+        architecture = find_architecture(Config(checkpoint.config))
+        architecture.check_config(architecture.config(checkpoint.config))
+        steps = weight_steps(checkpoint)
+        patches = Places(opened, checkpoint).patches()
+    used = {piece.tensor.name for step in steps for piece in step.pieces}
+    for name in patches:
+        if name not in used:
+            reason = "llama.cpp takes the embedding for it" if name == HEAD else "no tensor of the GGUF is made of it"
+            raise PlanError(f"{opened.directory}: changes {name}, but {reason}; {MERGE}")
+    pairs = [_pair(step, patches) for step in steps if any(piece.tensor.name in patches for piece in step.pieces)]
+    pairs = [pair for pair in pairs if max(pair.ranks)]
+    tied = OUTPUT not in {step.name for step in steps}
+    for pair in pairs:
+        if pair.step.name == EMBEDDING and tied:
+            raise PlanError(f"{opened.directory}: changes the embedding, which llama.cpp takes for the head, too; {MERGE}")
+        if UNADAPTED.match(pair.step.name) or len(pair.step.shape) < 2:
+            raise PlanError(f"{opened.directory}: changes {_source(pair)}; llama.cpp adapts no {pair.step.name}; {MERGE}")
+        if pair.step.operation.compute:
+            raise PlanError(
+                f"{opened.directory}: changes {_source(pair)}, which {pair.step.operation.name} makes {pair.step.name}; {MERGE}"
+            )
+    return LoraPlan(opened, architecture.name, tuple(pairs), float(opened.config["lora_alpha"]), Path(out), type.upper())
+
+
+def run_lora(plan: LoraPlan, progress: Progress = Progress()) -> Path:
+    """Write the file; it has its name when it is whole. Raises LlmcompressError."""
+    entries = [TensorEntry(name, shape, TYPES[plan.type]) for pair in plan.pairs for name, shape in pair.entries]
+    layout = lay_out(plan.metadata, entries)
+    progress.start("writing", layout.size)
+    with whole_file(plan.path) as file, plan.adapter.weights:
+        file.write(layout.header)
+        tensors = (tensor for pair in plan.pairs for tensor in _matrices(plan, pair))
+        for entry, offset, values in zip(entries, layout.offsets, tensors, strict=True):
+            assert values.shape == entry.shape, (entry, values.shape)
+            file.write(b"\0" * (offset - file.tell()))
+            data = _rounded(entry.name, values, plan.type)
+            file.write(data)
+            progress.advance(data.nbytes)
+        file.write(b"\0" * (layout.size - file.tell()))
+    return plan.path
+
+
+def _check_kind(adapter: Adapter) -> None:
+    """Raise PlanError for what an adapter GGUF has no place for."""
+    where = adapter.directory
+    if adapter.config.get("use_dora"):
+        raise PlanError(f"{where}: a DoRA; the format has no place for its lengths; {MERGE}")
+    if adapter.full:
+        raise PlanError(
+            f"{where}: holds whole tensors, such as {shown(min(adapter.full))}, which the format has no place for; {MERGE}"
+        )
+    if adapter.tokens:
+        raise PlanError(
+            f"{where}: holds rows of {shown(adapter.tokens[0].name)}, which the format has no place for; {MERGE}"
+        )
+    if adapter.biases:
+        raise PlanError(f"{where}: adds to biases, which the format has no place for; {MERGE}")
+
+
+def _source(pair: Pair) -> str:
+    return next(piece.tensor.name for piece in pair.step.pieces if piece.tensor.name in pair.patches)
+
+
+def _pair(step: Step, patches: Mapping[str, Sequence[Patch]]) -> Pair:
+    own = {piece.tensor.name: patches[piece.tensor.name] for piece in step.pieces if piece.tensor.name in patches}
+    ranks = tuple(
+        sum(update.rank for update in {id(part.patch.update): part.patch.update for part in parts}.values())
+        for parts in _by_matrix(step, own)
+    )
+    return Pair(step, ranks, own)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """`rows` rows of a step's matrix, from `start` on, that lie on a patch: its piece's rows from `first` on."""
+
+    patch: Patch
+    piece: Piece
+    start: int
+    first: int
+    rows: int
+
+
+def _by_matrix(step: Step, patches: Mapping[str, Sequence[Patch]]) -> Iterator[list[_Part]]:
+    """The parts of each stacked matrix of a step."""
+    height = step.shape[-2]
+    parts: list[_Part] = []
+    start = 0
+    for piece in step.pieces:
+        for patch in patches.get(piece.tensor.name, ()):
+            if step.operation.transposed:
+                first, end = 0, piece.rows
+            else:
+                first = max(0, patch.first - piece.first)
+                end = min(piece.rows, patch.first + patch.rows - piece.first)
+            if first < end:
+                parts.append(_Part(patch, piece, start % height + first, first, end - first))
+        start += piece.rows
+        if start % height == 0:
+            yield parts
+            parts = []
+
+
+def _matrices(plan: LoraPlan, pair: Pair) -> tuple[np.ndarray, np.ndarray]:
+    """lora_a and lora_b as the file has them, float32."""
+    step, rank = pair.step, max(pair.ranks)
+    *stack, rows, columns = step.shape
+    left = np.zeros((len(pair.ranks), rows, rank), np.float32)
+    right = np.zeros((len(pair.ranks), rank, columns), np.float32)
+    for matrix, parts in enumerate(_by_matrix(step, pair.patches)):
+        places: dict[int, slice] = {}
+        for part in parts:
+            update: LowRank = part.patch.update
+            if id(update) not in places:
+                used = sum(place.stop - place.start for place in places.values())
+                places[id(update)] = slice(used, used + update.rank)
+            place = places[id(update)]
+            b, a = _factors(step, part)
+            factor = update.scale * rank / plan.alpha
+            left[matrix, part.start : part.start + part.rows, place] = b * np.float32(factor)
+            right[matrix, place] = a
+        if step.operation.arrange:
+            if step.operation.group > 1:
+                left[matrix] = step.operation.arrange(left[matrix])
+            else:
+                right[matrix] = step.operation.arrange(right[matrix])
+    if step.name == EMBEDDING:
+        return left[0], np.ascontiguousarray(right[0].T)
+    return right.reshape(*stack, rank, columns), left.reshape(*stack, rows, rank)
+
+
+def _factors(step: Step, part: _Part) -> tuple[np.ndarray, np.ndarray]:
+    """float32 (rows, rank) and (rank, columns) of a part."""
+    patch, piece = part.patch, part.piece
+    if step.operation.transposed:  # rows are the source's columns
+        left, right = patch.right().T, patch.left(patch.first, patch.rows).T
+        return left[piece.first + part.first : piece.first + part.first + part.rows], right
+    return patch.left(piece.first + part.first, part.rows), patch.right()
+
+
+def _rounded(name: str, values: np.ndarray, type: str) -> np.ndarray:
+    matrix = np.ascontiguousarray(values).reshape(-1, values.shape[-1])
+    if type in LARGEST and count_saturated(matrix, type):
+        raise RunError(f"{name}: values up to {np.abs(matrix).max():.6g} are beyond the largest {type}; use --type F32")
+    return GRIDS[type].quantize(matrix)
