@@ -17,15 +17,25 @@ from llmcompress.converters.families import find_architecture, weight_steps
 from llmcompress.adapter import Adapter, LowRank
 from llmcompress.checkpoint import Checkpoint
 from llmcompress.errors import PlanError, shown
-from llmcompress.merged import HEAD, MergedCheckpoint, Patch, bind, embedding_name, find_name, found_name
+from llmcompress.merged import (
+    MergedCheckpoint,
+    Patch,
+    bind,
+    embedding_name,
+    find_name,
+    found_name,
+    without_copies,
+)
 from llmcompress.step import Piece
 from llmcompress.tensor_info import TensorInfo
 
 
 def with_adapter(checkpoint: Checkpoint, adapter: str | Path) -> MergedCheckpoint:
     """The checkpoint with an adapter, a folder or a hub id, merged into it as it is read. Raises LlmcompressError."""
-    opened = Adapter.open(adapter)
-    return MergedCheckpoint(checkpoint, opened, bind(opened, checkpoint.index, Places(opened, checkpoint).patches()))
+    opened = without_copies(Adapter.open(adapter), checkpoint)
+    return MergedCheckpoint(
+        checkpoint, opened, bind(opened, checkpoint.index, Places(opened, checkpoint).patches())
+    )
 
 
 class Places:
@@ -40,8 +50,13 @@ class Places:
         for update in self.adapter.low_rank:
             for name, patch in self._patches(update):
                 taken = found.setdefault(name, [])
-                if any(patch.first < other.first + other.rows and other.first < patch.first + patch.rows for other in taken):
-                    raise PlanError(f"{self.adapter.directory}: changes {shown(name)} twice; save the adapter again")
+                if any(
+                    patch.first < other.first + other.rows and other.first < patch.first + patch.rows
+                    for other in taken
+                ):
+                    raise PlanError(
+                        f"{self.adapter.directory}: changes {shown(name)} twice; save the adapter again"
+                    )
                 taken.append(patch)
         return found
 
@@ -56,7 +71,10 @@ class Places:
         if update.outputs == update.inputs and not update.embedding:
             flipped = self._is_flipped(name)
         rows = tensor.shape[-2]
-        return [(name, Patch(update, matrix * rows, rows, matrix, 0, flipped)) for matrix in range(update.matrices)]
+        return [
+            (name, Patch(update, matrix * rows, rows, matrix, 0, flipped))
+            for matrix in range(update.matrices)
+        ]
 
     def _check(self, update: LowRank, tensor: TensorInfo) -> None:
         shape = (*([update.matrices] if len(tensor.shape) == 3 or update.matrices > 1 else []),)
@@ -78,7 +96,12 @@ class Places:
         """The parts of single or stacked experts that go where the update's go."""
         shape = (update.outputs, update.inputs)
         source = TensorInfo(
-            update.name, (update.matrices, *shape) if update.matrices > 1 else shape, "F32", self.adapter.directory, 0, 0
+            update.name,
+            (update.matrices, *shape) if update.matrices > 1 else shape,
+            "F32",
+            self.adapter.directory,
+            0,
+            0,
         )
         found = []
         try:
@@ -112,7 +135,11 @@ class Places:
     @cached_property
     def _pieces(self) -> Mapping[tuple[str, int], Piece]:
         """The checkpoint's rows by what they become: matrices of tensors of the GGUF."""
-        return {place: piece for tensor in self.checkpoint.index.values() for place, piece in self._pieces_of(tensor)}
+        return {
+            place: piece
+            for tensor in self.checkpoint.index.values()
+            for place, piece in self._pieces_of(tensor)
+        }
 
     def _pieces_of(self, tensor: TensorInfo) -> list[tuple[tuple[str, int], Piece]]:
         try:

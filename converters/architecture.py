@@ -178,7 +178,9 @@ def pieces_of(
     for part, target in enumerate(rule.targets if rule else ()):
         name = target.replace("{i}", layer) + (suffix or ".weight")
         pieces = _pieces(tensor, rule, part, rule.operation(config, tensor))
-        found += [((name, matrix if expert is None else expert), piece) for matrix, piece in enumerate(pieces)]
+        found += [
+            ((name, matrix if expert is None else expert), piece) for matrix, piece in enumerate(pieces)
+        ]
     return found
 
 

@@ -27,7 +27,7 @@ from llmcompress.gguf.types import TYPES
 from llmcompress.gguf.value import Metadata, f32, string
 from llmcompress.grids import GRIDS
 from llmcompress.grids.floats import count_saturated
-from llmcompress.merged import HEAD, Patch
+from llmcompress.merged import HEAD, Patch, without_copies
 from llmcompress.progress import Progress
 from llmcompress.slab import LARGEST
 from llmcompress.step import Piece, Step
@@ -89,9 +89,9 @@ def plan_lora(adapter: str | Path, base: str | Path, out: str | Path, type: str 
     adapter of another model than `base`."""
     if type.upper() not in FLOAT_TYPES:
         raise PlanError(f"--type {type}: none of {', '.join(FLOAT_TYPES)}{nearest(type, FLOAT_TYPES)}")
-    opened = Adapter.open(adapter)
-    _check_kind(opened)
     with Checkpoint.open(base) as checkpoint:
+        opened = without_copies(Adapter.open(adapter), checkpoint)
+        _check_kind(opened)
         architecture = find_architecture(Config(checkpoint.config))
         architecture.check_config(architecture.config(checkpoint.config))
         steps = weight_steps(checkpoint)
@@ -99,26 +99,40 @@ def plan_lora(adapter: str | Path, base: str | Path, out: str | Path, type: str 
     used = {piece.tensor.name for step in steps for piece in step.pieces}
     for name in patches:
         if name not in used:
-            reason = "llama.cpp takes the embedding for it" if name == HEAD else "no tensor of the GGUF is made of it"
+            reason = (
+                "llama.cpp takes the embedding for it"
+                if name == HEAD
+                else "no tensor of the GGUF is made of it"
+            )
             raise PlanError(f"{opened.directory}: changes {name}, but {reason}; {MERGE}")
-    pairs = [_pair(step, patches) for step in steps if any(piece.tensor.name in patches for piece in step.pieces)]
+    pairs = [
+        _pair(step, patches) for step in steps if any(piece.tensor.name in patches for piece in step.pieces)
+    ]
     pairs = [pair for pair in pairs if max(pair.ranks)]
     tied = OUTPUT not in {step.name for step in steps}
     for pair in pairs:
         if pair.step.name == EMBEDDING and tied:
-            raise PlanError(f"{opened.directory}: changes the embedding, which llama.cpp takes for the head, too; {MERGE}")
+            raise PlanError(
+                f"{opened.directory}: changes the embedding, which llama.cpp takes for the head, too; {MERGE}"
+            )
         if UNADAPTED.match(pair.step.name) or len(pair.step.shape) < 2:
-            raise PlanError(f"{opened.directory}: changes {_source(pair)}; llama.cpp adapts no {pair.step.name}; {MERGE}")
+            raise PlanError(
+                f"{opened.directory}: changes {_source(pair)}; llama.cpp adapts no {pair.step.name}; {MERGE}"
+            )
         if pair.step.operation.compute:
             raise PlanError(
                 f"{opened.directory}: changes {_source(pair)}, which {pair.step.operation.name} makes {pair.step.name}; {MERGE}"
             )
-    return LoraPlan(opened, architecture.name, tuple(pairs), float(opened.config["lora_alpha"]), Path(out), type.upper())
+    return LoraPlan(
+        opened, architecture.name, tuple(pairs), float(opened.config["lora_alpha"]), Path(out), type.upper()
+    )
 
 
 def run_lora(plan: LoraPlan, progress: Progress = Progress()) -> Path:
     """Write the file; it has its name when it is whole. Raises LlmcompressError."""
-    entries = [TensorEntry(name, shape, TYPES[plan.type]) for pair in plan.pairs for name, shape in pair.entries]
+    entries = [
+        TensorEntry(name, shape, TYPES[plan.type]) for pair in plan.pairs for name, shape in pair.entries
+    ]
     layout = lay_out(plan.metadata, entries)
     progress.start("writing", layout.size)
     with whole_file(plan.path) as file, plan.adapter.weights:
@@ -156,7 +170,9 @@ def _source(pair: Pair) -> str:
 
 
 def _pair(step: Step, patches: Mapping[str, Sequence[Patch]]) -> Pair:
-    own = {piece.tensor.name: patches[piece.tensor.name] for piece in step.pieces if piece.tensor.name in patches}
+    own = {
+        piece.tensor.name: patches[piece.tensor.name] for piece in step.pieces if piece.tensor.name in patches
+    }
     ranks = tuple(
         sum(update.rank for update in {id(part.patch.update): part.patch.update for part in parts}.values())
         for parts in _by_matrix(step, own)
@@ -235,5 +251,7 @@ def _factors(step: Step, part: _Part) -> tuple[np.ndarray, np.ndarray]:
 def _rounded(name: str, values: np.ndarray, type: str) -> np.ndarray:
     matrix = np.ascontiguousarray(values).reshape(-1, values.shape[-1])
     if type in LARGEST and count_saturated(matrix, type):
-        raise RunError(f"{name}: values up to {np.abs(matrix).max():.6g} are beyond the largest {type}; use --type F32")
+        raise RunError(
+            f"{name}: values up to {np.abs(matrix).max():.6g} are beyond the largest {type}; use --type F32"
+        )
     return GRIDS[type].quantize(matrix)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from llmcompress.converters.adapters import with_adapter
 from llmcompress.converters.architecture import Architecture, steps_of
 from llmcompress.converters.config import Config
 from llmcompress.converters.families import find_architecture
@@ -53,7 +54,7 @@ def plan_gguf(model: str | Path, out: str | Path, recipe: Recipe, progress: Prog
         _traits(architecture, config, has_imatrix=bool(recipe.calibrate or recipe.hessian or recipe.imatrix)),
         general | architecture.metadata(config) | vocabulary.metadata(),
         importance_source(checkpoint, steps, recipe),
-        [*notes, *vocabulary.notes, *more_notes, *card_notes],
+        [*getattr(checkpoint, "notes", []), *notes, *vocabulary.notes, *more_notes, *card_notes],
         MeasuredFallback(checkpoint, recipe.effort) if recipe.fallback == "best" else None,
         Target(checkpoint, recipe, progress) if recipe.has_target else None,
     )
@@ -75,12 +76,15 @@ def measure_gguf(
 
 
 def open_checkpoint(model: str | Path, recipe: Recipe) -> Checkpoint:
-    """The checkpoint; one whose tensors stay in memory from calibrating to quantizing where both are asked for."""
-    if not recipe.calibrate:
-        return Checkpoint.open(model)
-    from llmcompress.converters.live_calibration import HeldCheckpoint
+    """The checkpoint, with the recipe's adapter in it; one whose tensors stay in memory from calibrating to quantizing
+    where both are asked for."""
+    if recipe.calibrate:
+        from llmcompress.converters.live_calibration import HeldCheckpoint
 
-    return HeldCheckpoint.open(model)
+        checkpoint = HeldCheckpoint.open(model)
+    else:
+        checkpoint = Checkpoint.open(model)
+    return with_adapter(checkpoint, recipe.adapter) if recipe.adapter else checkpoint
 
 
 def importance_source(checkpoint: Checkpoint, steps: list[Step], recipe: Recipe) -> Source | None:

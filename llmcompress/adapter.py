@@ -43,7 +43,8 @@ _ADDED = re.compile(
     r"(?P<module>.+?)(?P<depth>(\.base_layer)*)"
     r"\.lora_(?P<part>A|B|E|embedding_A|embedding_B|magnitude_vector)(\.default)?(?P<suffix>\.weight|\.bias)?"
 )
-_TOKENS = re.compile(r"(?P<module>.+)\.(token_adapter\.)?trainable_tokens_delta(\.default)?")
+_WRAPPED = re.compile(r"\.(base_layer|token_adapter|modules_to_save(\.default)?)(?=\.)")
+_TOKENS = re.compile(r"(?P<module>.+?)(\.token_adapter)?\.trainable_tokens_delta(\.default)?")
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,9 @@ class Adapter:
         """LoRA, rsLoRA, DoRA or AdaLoRA."""
         if self.config["peft_type"] == "ADALORA":
             return "AdaLoRA"
-        return "DoRA" if self.config.get("use_dora") else "rsLoRA" if self.config.get("use_rslora") else "LoRA"
+        return (
+            "DoRA" if self.config.get("use_dora") else "rsLoRA" if self.config.get("use_rslora") else "LoRA"
+        )
 
     @classmethod
     def open(cls, adapter: str | Path) -> Adapter:
@@ -188,6 +191,7 @@ _BY_PEFT = "merge it with peft (merge_and_unload) and give the saved model"
 def _parsed(directory: Path, config: Mapping[str, Any], weights: Checkpoint) -> Adapter:
     parts: dict[tuple[str, int], dict[str, TensorInfo]] = {}
     full: dict[str, TensorInfo] = {}
+    untrained: dict[str, TensorInfo] = {}  # what modules_to_save began with
     tokens: list[Tokens] = []
     for name, tensor in weights.index.items():
         own = name.removeprefix(PREFIX)
@@ -195,12 +199,20 @@ def _parsed(directory: Path, config: Mapping[str, Any], weights: Checkpoint) -> 
             place = match["module"], match["depth"].count(".")
             part = match["part"] + ("" if match["suffix"] != ".bias" else ".bias")
             if part in parts.setdefault(place, {}):
-                raise CheckpointError(f"{tensor.file}: tensor {shown(name)} comes twice; fetch the adapter again")
+                raise CheckpointError(
+                    f"{tensor.file}: tensor {shown(name)} comes twice; fetch the adapter again"
+                )
             parts[place][part] = weights.readable(name)
         elif match := _TOKENS.fullmatch(own):
             tokens.append(_tokens(match["module"], config, weights.readable(name)))
+        elif ".original_module." in own:
+            untrained[own.replace(".original_module.", ".")] = weights.readable(name)
         else:
-            full[re.sub(r"\.(base_layer|modules_to_save(\.default)?)(?=\.)", "", own)] = weights.readable(name)
+            full[_WRAPPED.sub("", own)] = weights.readable(name)
+    for name in untrained.keys() - full.keys():
+        raise CheckpointError(
+            f"{directory}: no tensor {shown(name)}, only what it was before; save the adapter again"
+        )
     if not (parts or full or tokens):
         raise CheckpointError(f"{weights.files or directory}: holds no tensor; train the adapter again")
     added = [
@@ -226,7 +238,9 @@ def _parameter(
     own = {word.rpartition(".")[2] for word in listed
            if f".{module}.{word.rpartition('.')[2]}".endswith(f".{word}")}  # fmt: skip
     depths = sorted(other for name, other in parts if name == module)
-    names = sorted(own or {"weight"}, key=lambda name: (REGISTERED.index(name) if name in REGISTERED else -1, name))
+    names = sorted(
+        own or {"weight"}, key=lambda name: (REGISTERED.index(name) if name in REGISTERED else -1, name)
+    )
     if depths != list(range(len(names))) or (len(names) > 1 and not own <= set(REGISTERED)):
         raise CheckpointError(
             f"{CONFIG}: target_parameters are {shown(sorted(own))} of {shown(module)}, the adapter has tensors for "
@@ -240,10 +254,14 @@ def _low_rank(
 ) -> LowRank:
     embedding = "embedding_A" in found
     names = ("embedding_B", "embedding_A") if embedding else ("A", "B")
-    missing = [part for part in (*names, *(["E"] if config["peft_type"] == "ADALORA" else [])) if part not in found]
+    missing = [
+        part for part in (*names, *(["E"] if config["peft_type"] == "ADALORA" else [])) if part not in found
+    ]
     if missing or any(len(found[part].shape) != 2 for part in names):
         what = f"no lora_{missing[0]}" if missing else "no matrices"
-        raise CheckpointError(f"{directory}: {what} for {shown(name)}; a shard of the adapter is missing: save it again")
+        raise CheckpointError(
+            f"{directory}: {what} for {shown(name)}; a shard of the adapter is missing: save it again"
+        )
     if bool(config.get("use_dora")) != ("magnitude_vector" in found):
         has = "has a" if "magnitude_vector" in found else "lacks the"
         raise CheckpointError(
@@ -260,7 +278,7 @@ def _low_rank(
             f"{directory}: {shown(name)}: A has {ranks[0]} ranks and B {ranks[1]}; save the adapter again"
         )
     rank, scale = _rank_and_scale(directory, config, name, ranks[0])
-    if not scale == scale or ranks[0] % max(rank, 1):
+    if ranks[0] % max(rank, 1):
         raise CheckpointError(
             f"{directory}: {shown(name)} has {ranks[0]} ranks, {CONFIG} says {rank}; take both from one adapter"
         )
@@ -274,9 +292,7 @@ def _low_rank(
     return LowRank(name, outputs, inputs, rank, ranks[0] // max(rank, 1), scale, found, weights, embedding)
 
 
-def _rank_and_scale(
-    directory: Path, config: Mapping[str, Any], name: str, stored: int
-) -> tuple[int, float]:
+def _rank_and_scale(directory: Path, config: Mapping[str, Any], name: str, stored: int) -> tuple[int, float]:
     """The rank of one matrix by the config, or AdaLoRA's as it is stored, and what B·A is multiplied by."""
     module = name.removesuffix(".weight")
     alpha = _number(directory, config, "alpha_pattern", "lora_alpha", module)
@@ -298,7 +314,9 @@ def _number(directory: Path, config: Mapping[str, Any], pattern: str, field: str
         try:
             matches = re.match(rf"(.*\.)?({key})$", module)
         except (re.error, RecursionError, OverflowError) as error:
-            raise CheckpointError(f"{directory}: {CONFIG}: {pattern}: {shown(key)} is no pattern: {error}") from None
+            raise CheckpointError(
+                f"{directory}: {CONFIG}: {pattern}: {shown(key)} is no pattern: {error}"
+            ) from None
         if matches:
             where, value = f"{pattern} of {shown(key)}", own
             break

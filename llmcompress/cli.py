@@ -8,7 +8,7 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-from llmcompress import __version__, model_commands, sensitivity_command, stats_commands
+from llmcompress import __version__, adapter_commands, model_commands, sensitivity_command, stats_commands
 from llmcompress.errors import RecipeError
 from llmcompress.reported import reported
 
@@ -71,6 +71,10 @@ Fallback = Annotated[
 Imatrix = Annotated[
     Optional[str],
     typer.Option("--imatrix", metavar="FILE", help="Importance matrix: a GGUF or .dat by llama-imatrix."),
+]
+Adapter = Annotated[
+    Optional[str],
+    typer.Option("--adapter", metavar="DIR", help="A peft adapter to merge into the weights on the way."),
 ]
 Calibrate = Annotated[
     bool, typer.Option("--calibrate", help="Make the importance matrix on the way, from --data.")
@@ -176,7 +180,7 @@ def job(
     def command(
         model: Model, out: Out = OUT, type: Types = None, tensor_type: TensorTypes = None,
         output_tensor_type: OutputType = None, token_embedding_type: EmbeddingType = None, pure: Pure = False,
-        leave_output_tensor: LeaveOutput = False, fallback: Fallback = None, imatrix: Imatrix = None,
+        leave_output_tensor: LeaveOutput = False, fallback: Fallback = None, adapter: Adapter = None, imatrix: Imatrix = None,
         target_size: TargetSize = None, target_bpw: TargetBpw = None, sensitivity: SensitivityFile = None,
         method: Method = None, hessian: Hessian = None, calibrate: Calibrate = False, data: model_commands.Data = None, tokens: Tokens = None, effort: Effort = None, pre: Pre = None, model_name: Name = None, split_max_size: Split = None,
         max_ram: MaxRam = None, threads: Threads = None, verify: Verify = None, recipe: RecipeFile = None,
@@ -187,7 +191,7 @@ def job(
             "types": [part for given in type for part in given.split(",")] if type else None,
             "tensor_types": _pairs(tensor_type) if tensor_type else None, "output_tensor_type": output_tensor_type,
             "token_embedding_type": token_embedding_type, "pure": pure or None,
-            "leave_output_tensor": leave_output_tensor or None, "fallback": fallback, "imatrix": imatrix,
+            "leave_output_tensor": leave_output_tensor or None, "fallback": fallback, "adapter": adapter, "imatrix": imatrix,
             "target_size": target_size, "target_bpw": target_bpw, "sensitivity": sensitivity,
             "method": method, "hessian": hessian, "calibrate": calibrate or None, "data": data, "tokens": tokens,
             "effort": effort, "pre": pre, "name": model_name, "split_max_size": split_max_size, "max_ram": max_ram,
@@ -273,6 +277,8 @@ job(
 
 app.command("calibrate")(model_commands.calibrate)
 app.command("evaluate")(model_commands.evaluate)
+app.command("merge")(adapter_commands.merge)
+app.command("convert-lora")(adapter_commands.convert_lora)
 app.command("sensitivity")(sensitivity_command.sensitivity)
 app.add_typer(stats_commands.app, name="stats")
 

@@ -113,6 +113,32 @@ def found_name(adapter: Adapter, index: Mapping[str, TensorInfo], name: str) -> 
     return found
 
 
+def without_copies(adapter: Adapter, checkpoint: Checkpoint) -> Adapter:
+    """The adapter without the tensors that are the checkpoint's own: peft saves an embedding that it adapts."""
+    full = {
+        name: tensor
+        for name, tensor in adapter.full.items()
+        if not _is_copy(adapter, checkpoint, name, tensor)
+    }
+    return replace(adapter, full=full)
+
+
+def _is_copy(adapter: Adapter, checkpoint: Checkpoint, name: str, tensor: TensorInfo) -> bool:
+    was = checkpoint.index.get(find_name(checkpoint.index, name) or "")
+    if was is None or was.shape != tensor.shape:
+        return False
+    height = max(1, CHUNK // was.columns)
+    for top in range(0, was.rows, height):
+        rows = min(height, was.rows - top)
+        read = (
+            (checkpoint.read(was.name, top, rows), was.dtype),
+            (adapter.weights.read(tensor.name, top, rows), tensor.dtype),
+        )
+        if not np.array_equal(*(to_float32(raw, dtype) for raw, dtype in read)):
+            return False
+    return True
+
+
 def find_name(index: Mapping[str, TensorInfo], name: str) -> str | None:
     """As `found_name`, None where there is none."""
     if name in index or name == HEAD:
@@ -169,7 +195,7 @@ class MergedCheckpoint(Checkpoint):
         change = self._changes.get(name, Change())
         if change == Change(source=change.source):
             holder = self.adapter.weights if change.source else self.base
-            holder.read_into(change.source.name if change.source else self._sources.get(name, name), first, out)
+            holder.read_into(change.source.name if change.source else self.source_name(name), first, out)
             return
         self._source_into(name, first, out)
         for patch in change.patches:
@@ -197,11 +223,29 @@ class MergedCheckpoint(Checkpoint):
 
     def let_go(self, names: set[str]) -> None:
         """Pass on what a calibration has done with, to a base that keeps tensors for it."""
-        self.base.let_go({self._sources.get(name, name) for name in names})
+        self.base.let_go({self.source_name(name) for name in names})
 
     def close(self) -> None:
         self.base.close()
         self.adapter.weights.close()
+
+    def source_name(self, name: str) -> str:
+        """The base's tensor that one of ours is read from, or stands in the place of."""
+        return self._sources.get(name, name)
+
+    @property
+    def notes(self) -> list[str]:
+        """What a user of the weights should know."""
+        found = [
+            f"{self.adapter.kind} of {self.adapter.directory}: changes {len(self._changes)} tensors of {len(self.index)}"
+        ]
+        if self.config.get("tie_word_embeddings") != self.base.config.get("tie_word_embeddings"):
+            found.append(
+                f"{HEAD}: a tensor of its own, since the adapter changes only one of embedding and head"
+            )
+        if (size := self.config.get("vocab_size")) != (was := self.base.config.get("vocab_size")):
+            found.append(f"vocabulary: {size} tokens, the base has {was}")
+        return found
 
     @property
     def changed(self) -> frozenset[str]:
@@ -213,7 +257,7 @@ class MergedCheckpoint(Checkpoint):
         if source:
             out[...] = finite(self.adapter.weights.read(source.name, first, len(out)), source)
         else:
-            own = self._sources.get(name, name)
+            own = self.source_name(name)
             out[...] = to_float32(self.base.read(own, first, len(out)), self.base.index[own].dtype)
 
     def _patch(self, name: str, patch: Patch, first: int, out: np.ndarray, scaled: bool = True) -> None:
@@ -285,7 +329,8 @@ class MergedCheckpoint(Checkpoint):
             return False
         read = self.adapter.weights.read_bytes
         return all(
-            read(first.name, at, min(CHUNK, first.nbytes - at)) == read(second.name, at, min(CHUNK, first.nbytes - at))
+            read(first.name, at, min(CHUNK, first.nbytes - at))
+            == read(second.name, at, min(CHUNK, first.nbytes - at))
             for at in range(0, first.nbytes, CHUNK)
         )
 
@@ -315,7 +360,9 @@ class MergedCheckpoint(Checkpoint):
                 os.symlink(file.resolve(), folder / file.name)
         for name in own:
             os.symlink((self.adapter.directory / name).resolve(), folder / name)
-        (folder / "config.json").write_text(json.dumps(self.config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        (folder / "config.json").write_text(
+            json.dumps(self.config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
         return folder
 
 

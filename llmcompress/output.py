@@ -82,7 +82,7 @@ def typed_metadata(
     typed = dict(metadata)
     names = {  # where they lay is nobody's business
         field: Path(given).name
-        for field in ("imatrix", "hessian", "sensitivity")
+        for field in ("adapter", "imatrix", "hessian", "sensitivity")
         if (given := getattr(recipe, field))
     }
     types = recipe.types if recipe.has_target else (file_type.name,)

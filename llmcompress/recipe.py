@@ -41,6 +41,7 @@ class Recipe:
     pure: bool = False
     leave_output_tensor: bool = False
     fallback: str = "llama.cpp"  # types for rows that do not divide: its own, or "best" by measure
+    adapter: str | None = None  # a peft adapter that is merged into the weights on the way
     imatrix: str | None = None
     target_size: int | None = None  # bytes of the file: types are chosen for the least error within them
     target_bpw: float | None = None  # or bits per weight of its tensors

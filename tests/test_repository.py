@@ -35,7 +35,8 @@ LAYERS = [
     {"calibrate", "evaluate"},
     {"grids", "mix", "filetypes", "inspect"},
     {"methods"},
-    {"recipe", "step", "arrays"},
+    {"recipe", "step", "arrays", "adapter"},
+    {"merged"},
     {"hessians"},
     {"importance"},
     {"output"},
@@ -46,7 +47,7 @@ LAYERS = [
     {"converters"},
     {"display", "stats_display"},
     {"model_display"},
-    {"stats_commands", "model_commands", "sensitivity_command"},
+    {"stats_commands", "model_commands", "sensitivity_command", "adapter_commands"},
     {"cli", "__main__"},
 ]
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
