@@ -82,6 +82,10 @@ class Format(Protocol):
     def texts(self, plan: CodedPlan) -> dict[str, dict[str, Any]]:
         """The JSON files that say what the folder holds, config.json among them."""
 
+    def feeds_errors(self, linear: Linear) -> bool:
+        """Whether GPTQ can choose a linear's codes."""
+        return code_bits(self.grid(linear)) is not None
+
     def scratch(self, linear: Linear) -> list[Entry]:
         """Tensors that `finish` needs."""
         return []
@@ -100,7 +104,7 @@ class Format(Protocol):
 
         return gptq.quantize(weights, self.grid(linear), solver, effort)
 
-    def dequantize(self, linear: Linear, data: np.ndarray) -> np.ndarray:
+    def dequantize(self, linear: Linear, data: np.ndarray, rows: int) -> np.ndarray:
         """float32 (rows, inputs)."""
         return self.grid(linear).dequantize(data)
 
@@ -121,7 +125,7 @@ class CodedPlan:
     output: CheckpointOutput
 
     def method(self, linear: Linear) -> str:
-        possible = linear.inputs in self.importance and code_bits(self.format.grid(linear)) is not None
+        possible = linear.inputs in self.importance and self.format.feeds_errors(linear)
         return self.recipe.method if possible else "nearest"
 
     def slabs(self, linear: Linear) -> Iterator[Slab]:
@@ -253,7 +257,7 @@ def _make(plan: CodedPlan, linear: Linear, slab: Slab) -> tuple[list[Data], tupl
     solver = plan.importance.solver(linear.inputs, linear.matrix) if by_gptq else None
     weights = read_slab(plan.checkpoint, linear.step, slab).float32
     data = plan.format.quantize(linear, weights, importance, solver, plan.recipe.effort)
-    errors = plan.format.dequantize(linear, data)
+    errors = plan.format.dequantize(linear, data, slab.rows)
     np.subtract(errors, weights, out=errors)
     return plan.format.parts(linear, slab, data), (slab.rows, squares(errors), squares(weights))
 

@@ -17,12 +17,11 @@ from __future__ import annotations
 import re
 import threading
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from llmcompress.converters.architecture import Architecture
-from llmcompress.converters.coded_linears import CodedPlan, Format, plan_coded
+from llmcompress.converters.coded_linears import CodedPlan, Format
 from llmcompress.converters.linears import Linear, name_beside_single_experts
 
 from llmcompress import __version__
@@ -34,11 +33,6 @@ from llmcompress.grids.words import CODES, pack_words
 from llmcompress.recipe import Recipe
 from llmcompress.safetensors_files import Entry
 from llmcompress.step import Slab
-
-
-def plan_gptq(model: str | Path, out: str | Path, recipe: Recipe) -> CodedPlan:
-    """What `recipe` will do to `model`. Raises LlmcompressError as `plan_coded` does."""
-    return plan_coded(model, out, recipe, GptqFormat(recipe))
 
 
 class GptqFormat(Format):

@@ -23,8 +23,8 @@ def quantize(
     progress: Progress | None = None,
     **options,
 ) -> Result:
-    """Make GGUF files of a Hugging Face checkpoint, one for each type, in one read; or, with `format="gptq"`, the
-    folder `out` with a GPTQ checkpoint.
+    """Make GGUF files of a Hugging Face checkpoint, one for each type, in one read; or, with the `format`
+    gptq, nf4, fp4 or int8, the folder `out` with a checkpoint.
 
     `model` is a directory or a hub id; `out` a file, a folder, or a template with `{name}` and `{type}`;
     `type` one or several of llama.cpp's file types, or "auto". `options` are the other fields of
@@ -36,11 +36,11 @@ def quantize(
     from llmcompress.run import run
 
     recipe = parse_recipe({"types": type} | options, label="quantize(): {}".format)
-    if recipe.format == "gptq":
+    if recipe.format != "gguf":
         from llmcompress.converters.coded_linears import run_coded
-        from llmcompress.converters.to_gptq import plan_gptq
+        from llmcompress.converters.to_checkpoint import plan_checkpoint
 
-        checkpoint_plan = plan_gptq(model, out, recipe)
+        checkpoint_plan = plan_checkpoint(model, out, recipe)
         with checkpoint_plan.checkpoint:
             return run_coded(checkpoint_plan, progress)
     plan = plan_gguf(model, out, recipe)

@@ -20,7 +20,7 @@ app = typer.Typer(
     help="Hugging Face language models to GGUF: quantized in one pass with bounded memory, calibrated, evaluated.",
 )
 
-OF_CHECKPOINTS = {"format", "bits", "group_size", "sym", "desc_act"}  # options of quantize alone
+OF_CHECKPOINTS = {"format", "bits", "group_size", "sym", "desc_act", "double_quant", "storage", "keep"}  # options of quantize alone
 OUT = "{name}-{type}.gguf"
 CONVERT_TYPES = ("auto", "F32", "F16", "BF16", "Q8_0")
 
@@ -92,7 +92,7 @@ Hessian = Annotated[
 ]
 Format = Annotated[
     Optional[str],
-    typer.Option("--format", metavar="FORMAT", help="gguf, or gptq: a checkpoint folder.  [default: gguf]"),
+    typer.Option("--format", metavar="FORMAT", help="gguf, or a checkpoint folder: gptq, nf4, fp4, int8.  [default: gguf]"),
 ]
 Bits = Annotated[
     Optional[int],
@@ -109,6 +109,17 @@ Sym = Annotated[
     typer.Option("--sym/--no-sym", help="Zero in the middle of the codes, or fitted.  [default: sym]"),
 ]
 DescAct = Annotated[bool, typer.Option("--desc-act", help="Round columns in the order of their importance.")]
+DoubleQuant = Annotated[bool, typer.Option("--double-quant", help="Scales of nf4 and fp4 in eight bits.")]
+Storage = Annotated[
+    Optional[str],
+    typer.Option("--storage", metavar="TYPE", help="What nf4's bytes count as, for FSDP.  [default: uint8]"),
+]
+Keep = Annotated[
+    Optional[list[str]],
+    typer.Option(
+        "--keep", metavar="PATTERN", help="Linears of nf4, fp4, int8 to leave as they are; repeat it."
+    ),
+]
 TargetSize = Annotated[
     Optional[str],
     typer.Option(
@@ -185,7 +196,8 @@ def job(
         method: Method = None, hessian: Hessian = None, calibrate: Calibrate = False, data: model_commands.Data = None, tokens: Tokens = None, effort: Effort = None, pre: Pre = None, model_name: Name = None, split_max_size: Split = None,
         max_ram: MaxRam = None, threads: Threads = None, verify: Verify = None, recipe: RecipeFile = None,
         as_json: AsJson = False, dry_run: DryRun = False, format: Format = None, bits: Bits = None,
-        group_size: GroupSize = None, sym: Sym = None, desc_act: DescAct = False,
+        group_size: GroupSize = None, sym: Sym = None, desc_act: DescAct = False, double_quant: DoubleQuant = False,
+        storage: Storage = None, keep: Keep = None,
     ) -> None:  # fmt: skip
         flags = {
             "types": [part for given in type for part in given.split(",")] if type else None,
@@ -196,7 +208,7 @@ def job(
             "method": method, "hessian": hessian, "calibrate": calibrate or None, "data": data, "tokens": tokens,
             "effort": effort, "pre": pre, "name": model_name, "split_max_size": split_max_size, "max_ram": max_ram,
             "threads": threads, "verify": verify, "format": format, "bits": bits, "group_size": group_size, "sym": sym,
-            "desc_act": desc_act or None,
+            "desc_act": desc_act or None, "double_quant": double_quant or None, "storage": storage, "keep": keep,
         }  # fmt: skip
         merged = _recipe(recipe, {key: value for key, value in flags.items() if value is not None}, types)
         for given in merged.types:
@@ -241,7 +253,7 @@ def _carry_out(model: str, out: str, recipe, as_json: bool, dry: bool) -> None:
     from llmcompress.converters.to_gguf import plan_gguf
     from llmcompress.run import run
 
-    if recipe.format == "gptq":
+    if recipe.format != "gguf":
         model_commands.make_checkpoint(
             model, out.removesuffix(".gguf") if out == OUT else out, recipe, as_json, dry
         )
@@ -265,7 +277,7 @@ def _print(data: dict[str, Any]) -> None:
     typer.echo(json.dumps(data, indent=1, default=str))
 
 
-job("quantize", "Make quantized GGUF files, or a GPTQ checkpoint, of a model.", types=("Q4_K_M",))
+job("quantize", "Make quantized GGUF files, or a checkpoint in GPTQ's or bitsandbytes' formats, of a model.", types=("Q4_K_M",))
 job("convert", "Make an unquantized (or Q8_0) GGUF file of a model.", types=("auto",), allowed=CONVERT_TYPES)
 job(
     "plan",

@@ -88,14 +88,14 @@ def calibrate(
 
 
 def make_checkpoint(model: str, out: str, recipe: Recipe, as_json: bool, dry: bool) -> None:
-    """`quantize --format gptq`: plan, and carry out unless `dry`."""
+    """`quantize` with the format of a checkpoint: plan, and carry out unless `dry`."""
     if recipe.calibrate or recipe.hessian:
         patient_threads()
     from llmcompress import display
     from llmcompress.converters.coded_linears import planned, run_coded
-    from llmcompress.converters.to_gptq import plan_gptq
+    from llmcompress.converters.to_checkpoint import plan_checkpoint
 
-    plan = plan_gptq(model, out, recipe)
+    plan = plan_checkpoint(model, out, recipe)
     if dry:
         result = planned(plan)
     else:

@@ -21,12 +21,18 @@ from llmcompress.sizes import parse_count, parse_size
 SOURCE_TYPES = ("AUTO", "COPY")  # file types that the checkpoint decides
 VERIFY = ("off", "sample", "full")
 FALLBACKS = ("llama.cpp", "best")
-FORMATS = ("gguf", "gptq")
+FORMATS = ("gguf", "gptq", "nf4", "fp4", "int8")
+STORAGE = ("uint8", "bfloat16", "float16", "float32")
 GGUF_ONLY = {
     "types", "tensor_types", "output_tensor_type", "token_embedding_type", "pure", "leave_output_tensor", "fallback",
     "pre", "name", "verify", "target_size", "target_bpw", "sensitivity",
 }  # fmt: skip
-GPTQ_ONLY = {"bits", "group_size", "sym", "desc_act"}
+FORMATS_OF = {  # fields that only some formats know
+    **dict.fromkeys(GGUF_ONLY, ("gguf",)),
+    **dict.fromkeys(("bits", "group_size", "sym", "desc_act"), ("gptq",)),
+    **dict.fromkeys(("double_quant", "storage"), ("nf4", "fp4")),
+    "keep": ("nf4", "fp4", "int8"),
+}
 DEFAULT_MAX_RAM = 512 * 2**20
 
 
@@ -51,11 +57,14 @@ class Recipe:
     calibrate: bool = False  # make the importance while quantizing, from `data`
     data: tuple[str, ...] = ("default",)  # texts to calibrate on
     tokens: int = 2**18  # of them
-    format: str = "gguf"  # or gptq: a checkpoint of which the next four fields speak
+    format: str = "gguf"  # or a checkpoint's: gptq, of which the next four fields speak, nf4, fp4, int8
     bits: int = 4  # of a code
     group_size: int = 128  # weights that share a scale; -1: a row
     sym: bool = True  # zero in the middle of the codes
     desc_act: bool = False  # columns are rounded in the order of their importance
+    double_quant: bool = False  # of nf4 and fp4: scales in eight bits
+    storage: str = "uint8"  # what nf4's and fp4's bytes count as
+    keep: tuple[str, ...] = ()  # modules that stay as they are, as llm_int8_skip_modules names them
     effort: str = "normal"  # of the search for scales: fast, normal or best
     pre: str | None = None  # pre-tokenizer by name, where detection fails
     name: str | None = None  # general.name
@@ -104,9 +113,12 @@ class Recipe:
             if getattr(self, name) not in known:
                 listed = ", ".join(map(str, known))
                 raise RecipeError(f"{name}: {getattr(self, name)} is none of {listed}")
-        foreign = GGUF_ONLY if self.format == "gptq" else GPTQ_ONLY
+        if self.storage not in STORAGE:
+            hint = nearest(self.storage, STORAGE)
+            raise RecipeError(f"storage: {self.storage!r} is none of {', '.join(STORAGE)}{hint}")
         for field in fields(self):
-            if field.name in foreign and getattr(self, field.name) != field.default:
+            known = FORMATS_OF.get(field.name, FORMATS)
+            if self.format not in known and getattr(self, field.name) != field.default:
                 raise RecipeError(
                     f"{field.name}: means nothing to the format {self.format}; leave it out, or choose the other format"
                 )
@@ -176,7 +188,7 @@ def parse_recipe(
 
 
 def _field(key: str, value: Any, label: str) -> Any:
-    if key in ("types", "data"):
+    if key in ("types", "data", "keep"):
         names = [value] if isinstance(value, str) else value
         if isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names):
             return tuple(names)
@@ -190,7 +202,7 @@ def _field(key: str, value: Any, label: str) -> Any:
         return _bits(value, label)
     elif key == "tokens":
         return parse_count(value, label)
-    elif key in ("pure", "leave_output_tensor", "calibrate", "sym", "desc_act"):
+    elif key in ("pure", "leave_output_tensor", "calibrate", "sym", "desc_act", "double_quant"):
         if isinstance(value, bool):
             return value
     elif key in ("threads", "bits", "group_size"):

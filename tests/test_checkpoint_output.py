@@ -233,7 +233,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_checkpoint(tmp_path_factory.mktemp("model") / "model", Llama(layers=3, hidden=512))
 
 
-@pytest.mark.parametrize("options", [{"format": "gptq"}], ids=lambda options: options["format"])
+FORMATS = [{"format": "gptq"}, {"format": "nf4", "double_quant": True}, {"format": "int8"}]
+
+
+@pytest.mark.parametrize("options", FORMATS, ids=lambda options: options["format"])
 def test_a_killed_job_goes_on_whatever_the_format(
     options: dict, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -250,7 +253,7 @@ def test_a_killed_job_goes_on_whatever_the_format(
 
 
 def test_memory_is_kept_or_the_job_refused(model: Path, tmp_path: Path) -> None:
-    for options in ({"format": "gptq"},):
+    for options in FORMATS[:1]:
         with pytest.raises(PlanError, match=r"--max-ram 100.0 MiB is too little: this model needs at least"):
             llmcompress.quantize(model, tmp_path / "out", max_ram="100MiB", **options)
         usual = llmcompress.quantize(model, tmp_path / "usual", **options)

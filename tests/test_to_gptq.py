@@ -15,7 +15,7 @@ import pytest
 import torch
 import transformers
 from llmcompress.converters.calibration import CalibrationOptions, calibrate_model
-from llmcompress.converters.to_gptq import plan_gptq
+from llmcompress.converters.to_checkpoint import plan_checkpoint
 from safetensors import safe_open
 from safetensors.numpy import load_file
 from safetensors.torch import load_file as load_torch
@@ -241,7 +241,7 @@ def test_gpt2s_transposed_linears_become_rows_of_outputs(tiny: Callable[[str], P
     [
         ({"bits": 5}, "bits: 5 is none of 2, 3, 4, 8"),
         ({"group_size": 100}, "group_size: 100 is none of 32, 64, 128, -1"),
-        ({"format": "awq"}, "'awq' is none of gguf, gptq"),
+        ({"format": "awq"}, "'awq' is none of gguf, gptq, nf4, fp4, int8"),
         ({"type": "Q8_0"}, "types: means nothing to the format gptq"),
         ({"pure": True}, "pure: means nothing to the format gptq"),
         ({"format": "gguf", "bits": 3}, "bits: means nothing to the format gguf"),
@@ -260,13 +260,13 @@ def test_options_that_make_no_sense_are_refused(
 def test_rows_that_do_not_divide_are_refused_by_name_and_numbers(tmp_path: Path) -> None:
     model = write_checkpoint(tmp_path / "model", Llama(hidden=192, feed_forward=416, heads=4, kv_heads=1))
     with pytest.raises(PlanError, match=r"self_attn.k_proj: 48 outputs are not a multiple of 32"):
-        plan_gptq(model, tmp_path / "out", Recipe(format="gptq", group_size=64))
+        plan_checkpoint(model, tmp_path / "out", Recipe(format="gptq", group_size=64))
     model = write_checkpoint(tmp_path / "other", Llama(hidden=192, feed_forward=416, heads=2, kv_heads=1))
     with pytest.raises(
         PlanError, match=r"(proj: 192 inputs are|proj: 416 inputs are) not a multiple of 128; choose"
     ):
-        plan_gptq(model, tmp_path / "out", Recipe(format="gptq"))
-    plan_gptq(model, tmp_path / "out", Recipe(format="gptq", group_size=32))
+        plan_checkpoint(model, tmp_path / "out", Recipe(format="gptq"))
+    plan_checkpoint(model, tmp_path / "out", Recipe(format="gptq", group_size=32))
 
 
 def test_a_folder_appears_whole_or_not_at_all(small: Path, tmp_path: Path) -> None:

@@ -15,7 +15,9 @@ import numpy as np
 
 from llmcompress.grids.compiled import compiled
 from llmcompress.grids.grid import Grid
+from llmcompress.grids.int8 import RowGrid
 from llmcompress.grids.integer import HEAD, IntegerGrid
+from llmcompress.grids.nf4 import FourBitGrid
 from llmcompress.grids.nonlinear import LEVELS
 
 Places = tuple[tuple[int, int], ...]  # byte and shift of each weight's bits
@@ -79,11 +81,17 @@ def code_bits(grid: Grid) -> CodeBits | None:
     """Where a format's codes lie; None for a format whose weights are not coded one by one."""
     if isinstance(grid, IntegerGrid):
         return CodeBits(grid.bits, _places(grid.block, lambda i: (HEAD + i, 0)))
+    if isinstance(grid, FourBitGrid):
+        return CodeBits(4, _places(grid.block, lambda i: (4 + i // 2, 4 - i % 2 * 4)))
+    if isinstance(grid, RowGrid):
+        return CodeBits(8, _places(grid.block, lambda i: (4 + i, 0)))
     return CODE_BITS.get(grid.name)
 
 
 def levels_of(grid: Grid) -> np.ndarray:
     """float32 (codes,): the level that each code stands for, ascending."""
+    if isinstance(grid, FourBitGrid):
+        return grid.levels
     if grid.name.startswith("IQ4"):
         return np.asarray(LEVELS, np.float32)
     return np.arange(2 ** code_bits(grid).bits, dtype=np.float32)
