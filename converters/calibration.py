@@ -93,7 +93,7 @@ def calibrate_model(
             about = {"datasets": rows.sources, "chunks": len(rows.rows), "model": checkpoint.name}
             write_index(hessian, places_of(steps, lockstep, found.expected), found.sums, about)
         state.finish()
-    notes = (*rows.notes, *found.complaints, *scarce_notes(_counts(statistics)))
+    notes = (*checkpoint.notes, *rows.notes, *found.complaints, *scarce_notes(_counts(statistics)))
     return CalibrationReport(out, statistics, rows.tokens, found.resumed, lockstep.precision, notes)
 
 

@@ -157,7 +157,7 @@ def plan_coded(model: str | Path, out: str | Path, recipe: Recipe, format: Forma
     importance = Importance(steps, source)
     importance.check()
     missing = [linear.inputs for linear in linears if source and linear.inputs not in importance]
-    notes = (*source.notes, *_missing_notes(missing)) if source else ()
+    notes = (*checkpoint.notes, *((*source.notes, *_missing_notes(missing)) if source else ()))
     headers = sum(len(shard.header) for shard in shards)
     workers, slab_weights, ram = fit_memory(
         [linear.step for linear in linears], recipe, headers, BYTES_PER_WEIGHT

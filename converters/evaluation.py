@@ -153,7 +153,7 @@ def evaluate_model(
         found = _evaluate(held, beside, base, windows, options, progress)
         tasks = _tasks(harness, held, tokenizer, options)
         reference_tasks = _tasks(harness, beside, tokenizer, options)
-        notes = (*windows.notes, *(held.notes if is_gguf else ()))
+        notes = (*windows.notes, *held.notes)
     of = options.base or reference
     return EvaluationReport(artefact, of, options, windows, found, tasks, reference_tasks, notes)
 

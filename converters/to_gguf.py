@@ -54,7 +54,7 @@ def plan_gguf(model: str | Path, out: str | Path, recipe: Recipe, progress: Prog
         _traits(architecture, config, has_imatrix=bool(recipe.calibrate or recipe.hessian or recipe.imatrix)),
         general | architecture.metadata(config) | vocabulary.metadata(),
         importance_source(checkpoint, steps, recipe),
-        [*getattr(checkpoint, "notes", []), *notes, *vocabulary.notes, *more_notes, *card_notes],
+        [*checkpoint.notes, *notes, *vocabulary.notes, *more_notes, *card_notes],
         MeasuredFallback(checkpoint, recipe.effort) if recipe.fallback == "best" else None,
         Target(checkpoint, recipe, progress) if recipe.has_target else None,
     )

@@ -1,5 +1,6 @@
 """A Hugging Face model directory, opened lazily: headers are read and checked at once, weights on request.
 
+Weights that are quantized in a format of sources/ are decoded as they are read: they look like those of a plain model.
 Four layouts are known, tried in the order in which transformers tries them: model.safetensors, the
 shards of model.safetensors.index.json, pytorch_model.bin, the shards of pytorch_model.bin.index.json.
 """
@@ -14,9 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from llmcompress import hub, safetensors_header, torch_zip
+from llmcompress import hub, safetensors_header, sources, torch_zip
 from llmcompress.errors import CheckpointError, nearest, shown
 from llmcompress.json_object import read_object
+from llmcompress.sources.stored import RAW, DecodedTensor
 from llmcompress.tensor_info import TensorInfo
 
 __all__ = ["Checkpoint", "TensorInfo", "read_index"]
@@ -35,19 +37,20 @@ class Checkpoint:
     def __init__(self, directory: Path, config: dict[str, Any], index: dict[str, TensorInfo]) -> None:
         self.directory = directory
         self.config = config  # config.json
-        self.index = index
+        self.index = self.stored = index  # the model's tensors, and those of the files
         self.files = tuple(sorted({tensor.file for tensor in index.values()}))
         self.repository, self.revision = hub.origin(directory)  # "org/name" and commit, where known
         self.name = self.repository.split("/")[1] if self.repository else directory.resolve().name
         self._stamps = {file: _stamp(file.stat()) for file in self.files}
         self._descriptors: dict[Path, int] = {}
         self._lock = threading.Lock()
+        self._decode_quantized()
 
     @classmethod
     def open(cls, model: str | Path) -> Checkpoint:
         """Open a directory, or a hub id `org/name` or `org/name@revision`, which is downloaded if need be.
 
-        Raises CheckpointError for whatever is not a complete checkpoint of plain weights."""
+        Raises CheckpointError for whatever is not a complete checkpoint."""
         directory = hub.resolve(str(model))
         try:
             weights = _weights(directory)
@@ -81,29 +84,39 @@ class Checkpoint:
             raise ValueError(f"{name}: a buffer of {out.dtype} {out.shape} for {tensor.dtype} {tensor.shape}")
         if out.shape[1] != tensor.columns or not 0 <= first <= tensor.rows - out.shape[0]:
             raise ValueError(f"{name}: rows from {first} into {out.shape}, it is {tensor.shape}")
-        if not out.size:
-            return
-        position = tensor.offset + first * tensor.columns * out.itemsize
-        try:
-            missing = _fill(memoryview(out).cast("B"), self._descriptor(tensor.file), position)
-        except OSError as error:
-            raise CheckpointError(f"{tensor.file}: cannot be read: {error.strerror}") from error
-        if missing:
-            raise _was_cut(tensor, missing, out.nbytes)
+        if isinstance(tensor, DecodedTensor):
+            self._read_decoded(tensor, first, out)
+        else:
+            self._fill(tensor, first * tensor.columns * out.itemsize, out)
+
+    def read_stored(
+        self, tensor: TensorInfo, first: int = 0, rows: int | None = None, columns: slice | None = None
+    ) -> np.ndarray:
+        """Rows of a tensor of the files as it is stored, `(rows, columns)` of what `RAW` has for its dtype; of the
+        given columns alone where they are. Raises CheckpointError as `read_into` does."""
+        rows = tensor.rows - first if rows is None else rows
+        begin, end = (columns.start, columns.stop) if columns else (0, tensor.columns)
+        out = np.empty((rows, end - begin), RAW[tensor.dtype])
+        step = tensor.columns * out.itemsize
+        if out.shape[1] == tensor.columns:
+            self._fill(tensor, first * step, out)
+        else:
+            self._fill(tensor, first * step + begin * out.itemsize, out, step)
+        return out
 
     def read_bytes(self, name: str, position: int, size: int) -> bytes:
         """`size` bytes of a tensor of any dtype from its byte `position` on, as the file has them.
 
         Raises CheckpointError as `read_into` does."""
         tensor = self.index[name]
-        out = bytearray(size)
-        try:
-            missing = _fill(memoryview(out), self._descriptor(tensor.file), tensor.offset + position)
-        except OSError as error:
-            raise CheckpointError(f"{tensor.file}: cannot be read: {error.strerror}") from error
-        if missing:
-            raise _was_cut(tensor, missing, size)
-        return bytes(out)
+        if isinstance(tensor, DecodedTensor):
+            width = tensor.nbytes // tensor.rows
+            first, end = position // width, -(-(position + size) // width)
+            data = self.read(name, first, end - first).tobytes()
+            return data[position - first * width :][:size]
+        out = np.empty(size, np.uint8)
+        self._fill(tensor, position, out)
+        return out.tobytes()
 
     def fingerprint(self) -> str:
         """A hash that changes when a weight file or the config does: of sizes, modification times and
@@ -111,19 +124,23 @@ class Checkpoint:
         digest = hashlib.sha256(repr(sorted(self.config.items())).encode())
         for file in self.files:
             digest.update(repr((file.name, self._stamps[file])).encode())
-        for name, tensor in sorted(self.index.items()):
+        for name, tensor in sorted(self.stored.items()):
             digest.update(repr((name, tensor.shape, tensor.dtype, tensor.file.name, tensor.offset)).encode())
         return digest.hexdigest()
 
     def require_plain(self) -> None:
-        """Raise CheckpointError where config.json says that the weights are quantized."""
-        for part in (self.config, self.config.get("text_config")):
-            if isinstance(part, dict) and (quantization := part.get("quantization_config")):
-                method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-                raise CheckpointError(
-                    f"{self.directory / 'config.json'}: the weights are already quantized ({shown(method)}), which "
-                    "cannot be decoded yet; give the unquantized model"
-                )
+        """Raise CheckpointError where the weights are quantized in a way that cannot be decoded."""
+        if self.settings:
+            raise CheckpointError(
+                f"{self.directory / 'config.json'}: the weights are quantized "
+                f"({shown(self.settings.get('quant_method'))}), and none in a way that can be decoded (known: "
+                f"{', '.join(sources.FORMATS)}); give the unquantized model"
+            )
+
+    @property
+    def notes(self) -> list[str]:
+        """What a user of the weights should know: whether they were quantized."""
+        return sources.forms(self.index)
 
     def close(self) -> None:
         """Close the files. A later read opens them again."""
@@ -148,6 +165,51 @@ class Checkpoint:
                 "give a model of plain weights"
             )
         return tensor
+
+    def _decode_quantized(self) -> None:
+        """Let quantized weights look like plain ones where they can be decoded; `settings` say how they cannot."""
+        self.settings = sources.settings_of(self.directory, self.config, self.stored)
+        if str(self.settings.get("quant_method")) in sources.FORMATS:
+            self.index = sources.decoded(self.settings, self.config, self.stored, self.read_stored)
+        if self.notes:
+            self.settings = {}
+            self.config = {key: value for key, value in self.config.items() if key != "quantization_config"}
+
+    def _read_decoded(self, tensor: DecodedTensor, first: int, out: np.ndarray) -> None:
+        """`read_into` for a weight that is decoded."""
+        from llmcompress.sources.codes import decode_into  # Numba, which plain weights do without
+
+        if not tensor.transposed:
+            height = max(1, tensor.at_once // tensor.columns)
+            for top in range(0, len(out), height):
+                part = out[top : top + height]
+                decode_into(tensor, self.read_stored, first + top, part)
+            return
+        outputs, height = tensor.columns, max(1, tensor.at_once // tensor.rows)
+        for top in range(0, outputs, height):
+            part = np.empty((min(height, outputs - top), tensor.rows), out.dtype)
+            decode_into(tensor, self.read_stored, top, part)
+            out[:, top : top + len(part)] = part[:, first : first + len(out)].T
+
+    def _fill(self, tensor: TensorInfo, position: int, out: np.ndarray, step: int = 0) -> None:
+        """Fill contiguous `out` with a tensor's bytes from `position` on; with `step`, each row from that many bytes
+        behind the one before."""
+        if not out.size:
+            return
+        target, position = memoryview(out).cast("B"), tensor.offset + position
+        width = out.nbytes // len(out) if step else out.nbytes
+        try:
+            descriptor = self._descriptor(tensor.file)
+            for start in range(0, out.nbytes, width):
+                part = target[start : start + width]
+                if (
+                    os.preadv(descriptor, (part,), position) != width
+                ):  # may stop early: at most 2 GiB on Linux
+                    if missing := _fill(part, descriptor, position):
+                        raise _was_cut(tensor, missing, out.nbytes)
+                position += step
+        except OSError as error:
+            raise CheckpointError(f"{tensor.file}: cannot be read: {error.strerror}") from error
 
     def _descriptor(self, file: Path) -> int:
         with self._lock:

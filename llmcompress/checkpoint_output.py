@@ -341,7 +341,7 @@ def _check(output: CheckpointOutput) -> None:
     """Reopen what was written and hold its table against the plan."""
     folder = part_path(output.folder)
     with Checkpoint.open(folder) as written:
-        found = written.index
+        found = written.stored
     entries = [entry for shard in output.shards for entry in shard.entries]
     wrong = found.keys() ^ {entry.name for entry in entries}
     wrong |= {entry.name for entry in entries if entry.name in found and not _is(found[entry.name], entry)}

@@ -17,6 +17,7 @@ from llmcompress.gguf.layout import MAGIC, MAX_NAME_BYTES, padded
 from llmcompress.gguf.reader import GGUFFile, StoredTensor, open_shards
 from llmcompress.gguf.value import Value, ValueType
 from llmcompress.safetensors_header import read_header
+from llmcompress.sources.stored import DecodedTensor
 from llmcompress.tensor_info import TensorInfo
 
 KINDS = {".safetensors": "safetensors", ".bin": "pytorch", ".pt": "pytorch", ".pth": "pytorch"}
@@ -157,7 +158,12 @@ def _weights(path: Path) -> Inspection:
 
 
 def _rows(tensors: Iterable[TensorInfo]) -> tuple[TensorRow, ...]:
-    return tuple(TensorRow(tensor.name, tensor.shape, tensor.dtype, tensor.nbytes) for tensor in tensors)
+    return tuple(
+        TensorRow(tensor.name, tensor.shape, tensor.form, tensor.stored_bytes)
+        if isinstance(tensor, DecodedTensor)
+        else TensorRow(tensor.name, tensor.shape, tensor.dtype, tensor.nbytes)
+        for tensor in tensors
+    )
 
 
 def _size(files: Sequence[Path]) -> int:

@@ -237,7 +237,8 @@ class MergedCheckpoint(Checkpoint):
     def notes(self) -> list[str]:
         """What a user of the weights should know."""
         found = [
-            f"{self.adapter.kind} of {self.adapter.directory}: changes {len(self._changes)} tensors of {len(self.index)}"
+            *self.base.notes,
+            f"{self.adapter.kind} of {self.adapter.directory}: changes {len(self._changes)} tensors of {len(self.index)}",
         ]
         if self.config.get("tie_word_embeddings") != self.base.config.get("tie_word_embeddings"):
             found.append(
