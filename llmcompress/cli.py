@@ -8,7 +8,14 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-from llmcompress import __version__, adapter_commands, model_commands, sensitivity_command, stats_commands
+from llmcompress import (
+    __version__,
+    adapter_commands,
+    finetune_command,
+    model_commands,
+    sensitivity_command,
+    stats_commands,
+)
 from llmcompress.errors import RecipeError
 from llmcompress.reported import reported
 
@@ -289,6 +296,7 @@ job(
 
 app.command("calibrate")(model_commands.calibrate)
 app.command("evaluate")(model_commands.evaluate)
+app.command("finetune")(finetune_command.finetune)
 app.command("merge")(adapter_commands.merge)
 app.command("convert-lora")(adapter_commands.convert_lora)
 app.command("sensitivity")(sensitivity_command.sensitivity)

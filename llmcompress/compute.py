@@ -80,8 +80,7 @@ def precision_of(asked: str, device: str, stored: str) -> str:
     Raises LlmcompressError for a name that is none.
     """
     if asked == "auto":
-        fast = device != "cpu" or _bfloat16_instructions()
-        return "mixed" if stored == "BF16" and fast else "f32"
+        return "mixed" if stored == "BF16" and fast_bfloat16(device) else "f32"
     if asked not in DTYPES:
         raise LlmcompressError(
             f"--dtype {asked}: is none of auto, {', '.join(DTYPES)}{nearest(asked, DTYPES)}"
@@ -113,6 +112,11 @@ def _keep_freed_memory() -> None:
     if mallopt:
         mallopt(_M_MMAP_THRESHOLD, 2**25)  # the most it takes
         mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def fast_bfloat16(device: str) -> bool:
+    """Whether a device, cpu or another, is faster in bfloat16 than in float32."""
+    return device != "cpu" or _bfloat16_instructions()
 
 
 def _bfloat16_instructions() -> bool:

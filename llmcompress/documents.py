@@ -1,8 +1,9 @@
 """A document of a data file: a text, or a conversation that the model's own chat template turns into one.
 
 Key names are those data sets on the hub use: `text` or `content`; a prompt (`prompt`, `instruction`,
-`question`, each with an optional `input`) and its response (`completion`, `response`, `output`, `answer`);
-`messages` of {"role", "content"} (OpenAI) or `conversations` of {"from", "value"} (ShareGPT).
+`question`, each with an optional `input`) and its response (`completion`, `response`, `output`, `answer`), maybe
+under a `system` message; `messages` of {"role", "content"} (OpenAI) or `conversations` of {"from", "value"}
+(ShareGPT). A prompt may be such messages, too, and its completion their answer (trl).
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ TEXT = ("text", "content")
 CHATS = ("messages", "conversations")
 PROMPTS = ("prompt", "instruction", "question")
 RESPONSES = ("completion", "response", "output", "answer")
+SYSTEM = ("system", "system_prompt")
 ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's words; any other role stays as it is
+ASSISTANT = "assistant"
 
 
 class TextError(LlmcompressError):
@@ -27,10 +30,12 @@ class TextError(LlmcompressError):
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages, {"role", "content"} and whatever else a template may look at; `plain` is the same as text."""
+    """Messages, {"role", "content"} and whatever else a template may look at; `plain` is the same as text, in
+    which the assistant's words stand at `answers`, [start, end) in characters."""
 
     messages: tuple[dict[str, Any], ...]
     plain: str
+    answers: tuple[tuple[int, int], ...]
 
 
 Document = str | Conversation
@@ -58,32 +63,54 @@ def document_of(record: Any, where: str) -> Document:
     if not isinstance(record, Mapping):
         raise TextError(f"{where}: {shown(record)}, not an object with keys such as 'text' or 'messages'")
     record = {key: value for key, value in record.items() if value is not None}
-    first = {form: next((key for key in form if key in record), None) for form in (CHATS, TEXT, RESPONSES)}
+    forms = (CHATS, TEXT, RESPONSES, SYSTEM)
+    first = {form: next((key for key in form if key in record), None) for form in forms}
+    system = checked(record[first[SYSTEM]], f"{where}: {first[SYSTEM]}") if first[SYSTEM] else ""
     if key := first[CHATS]:
-        return _chat(record[key], f"{where}: {key}")
+        return _chat(record[key], f"{where}: {key}", system)
     if key := first[TEXT]:
         return checked(record[key], f"{where}: {key}")
     asked = [key for key in PROMPTS if key in record][:1] + [key for key in ("input",) if key in record]
     if asked and (key := first[RESPONSES]):
+        if isinstance(record[asked[0]], (list, tuple)):
+            turns = [*record[asked[0]], *_answer(record[key])]
+            return _chat(turns, f"{where}: {asked[0]} and {key}", system)
         prompt = "\n\n".join(filter(None, (checked(record[part], f"{where}: {part}") for part in asked)))
-        return _pair(prompt, checked(record[key], f"{where}: {key}"))
+        return _pair(system, prompt, checked(record[key], f"{where}: {key}"))
     raise TextError(
         f"{where}: no text in the keys {shown(sorted(map(str, record)))}; known are "
         f"{', '.join(TEXT + CHATS)}, or one of {', '.join(PROMPTS)} with one of {', '.join(RESPONSES)}"
     )
 
 
-def _pair(prompt: str, response: str) -> Conversation:
-    messages = ({"role": "user", "content": prompt}, {"role": "assistant", "content": response})
+def _pair(system: str, prompt: str, response: str) -> Conversation:
+    messages = ({"role": "user", "content": prompt}, {"role": ASSISTANT, "content": response})
+    if system:
+        messages = ({"role": "system", "content": system}, *messages)
     apart = "" if prompt[-1:].isspace() or response[:1].isspace() else "\n"
-    return Conversation(messages, prompt + apart + response)
+    asked = (f"{system}\n\n" if system else "") + prompt + apart
+    return Conversation(messages, asked + response, ((len(asked), len(asked) + len(response)),))
 
 
-def _chat(turns: Any, where: str) -> Conversation:
+def _answer(completion: Any) -> list[Any]:
+    """What completes a prompt of messages: messages, too, or the text of one."""
+    if isinstance(completion, (list, tuple)):
+        return list(completion)
+    return [{"role": ASSISTANT, "content": completion}]
+
+
+def _chat(turns: Any, where: str, system: str) -> Conversation:
     if not isinstance(turns, (list, tuple)) or not turns:
         raise TextError(f"{where}: {shown(turns)} is not a list of messages")
     messages = tuple(_message(turn, f"{where}: message {number}") for number, turn in enumerate(turns, 1))
-    return Conversation(messages, "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in messages))
+    if system and messages[0]["role"] != "system":
+        messages = ({"role": "system", "content": system}, *messages)
+    plain, answers = "", []
+    for turn in messages:
+        plain += ("\n\n" if plain else "") + f"{turn['role']}: {turn['content']}"
+        if turn["role"] == ASSISTANT:
+            answers.append((len(plain) - len(turn["content"]), len(plain)))
+    return Conversation(messages, plain, tuple(answers))
 
 
 def _message(turn: Any, where: str) -> dict[str, Any]:
@@ -119,7 +146,7 @@ def rendered(document: Document, tokenizer: Any, refusals: Counter[str]) -> str:
         refusals["the tokenizer has no chat template"] += 1
         return document.plain
     reason = ""
-    for messages in (document.messages, _without_system(document.messages)):
+    for messages in (document.messages, without_system(document.messages)):
         try:
             return tokenizer.apply_chat_template([dict(turn) for turn in messages], tokenize=False)
         except Exception as error:  # a template is a program of the model's author and may raise anything
@@ -128,7 +155,7 @@ def rendered(document: Document, tokenizer: Any, refusals: Counter[str]) -> str:
     return document.plain
 
 
-def _without_system(messages: tuple[dict[str, Any], ...]) -> tuple[dict[str, Any], ...]:
+def without_system(messages: tuple[dict[str, Any], ...]) -> tuple[dict[str, Any], ...]:
     """Some templates (Gemma's) know no system role."""
     if len(messages) < 2 or messages[0]["role"] != "system" or messages[1]["role"] != "user":
         return messages

@@ -11,8 +11,9 @@ from llmcompress.display import live_progress, print_out
 if TYPE_CHECKING:
     from llmcompress.converters.calibration import CalibrationReport
     from llmcompress.converters.evaluation import EvaluationReport
+    from llmcompress.converters.finetuning import TuningReport
 
-__all__ = ["live_progress", "show_calibration", "show_evaluation"]
+__all__ = ["live_progress", "show_calibration", "show_evaluation", "show_tuning"]
 
 # Figures in the order they are shown: key, label, and the factor and unit they are shown in.
 FIGURES = (
@@ -40,6 +41,25 @@ def show_calibration(report: CalibrationReport) -> None:
     print_out(
         f"{report.path}: {len(report.statistics.entries)} weights, {report.tokens} tokens{resumed}, in {report.dtype}"
     )
+    for note in report.notes:
+        print_out(f"note: {note}")
+
+
+def show_tuning(report: TuningReport) -> None:
+    """Where the adapter is, what it learned on, and its held-out loss beside the untuned model's."""
+    counts = report.data.counts()
+    print_out(
+        f"{report.path}: {report.options.method} of rank {report.options.rank}, {report.trainable:,} weights on "
+        f"{report.model} in {report.load}"
+    )
+    print_out(
+        f"{counts['train_examples']} examples of {counts['train_tokens']} tokens, "
+        f"{counts['train_learned_tokens']} of them learned, {report.steps} steps in {report.seconds:.0f} s"
+    )
+    if report.held_out is not None:
+        print_out(
+            f"held-out loss {report.held_out:.4f} at step {report.best_step}, the untuned model's {report.untuned:.4f}"
+        )
     for note in report.notes:
         print_out(f"note: {note}")
 

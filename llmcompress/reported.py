@@ -12,8 +12,11 @@ import typer
 
 from llmcompress.errors import LlmcompressError
 
-_CALIBRATE = "running a model needs pip install 'llmcompress[calibrate]'"
-EXTRAS = ("torch", "transformers", "greenlet", "accelerate", "jinja2", "pyarrow", "datasets")
+_RUN = "running a model needs pip install 'llmcompress[calibrate]', fine-tuning one 'llmcompress[finetune]'"
+EXTRAS = (
+    "torch", "transformers", "greenlet", "accelerate", "jinja2", "pyarrow", "datasets", "peft", "bitsandbytes",
+    "matplotlib",
+)  # fmt: skip
 
 
 def reported(command: Callable) -> Callable:
@@ -29,7 +32,7 @@ def reported(command: Callable) -> Callable:
         except ModuleNotFoundError as error:
             if error.name not in EXTRAS:
                 raise
-            typer.echo(f"error: {error.name} is not installed; {_CALIBRATE}", err=True)
+            typer.echo(f"error: {error.name} is not installed; {_RUN}", err=True)
             raise typer.Exit(2) from None
         except KeyboardInterrupt:
             typer.echo("stopped: the same command goes on from here", err=True)

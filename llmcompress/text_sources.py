@@ -27,17 +27,17 @@ DATASET = re.compile(r"\w[\w.-]*/\w[\w.-]*(:[^:]*(:.+)?)?")
 FILES = {".txt", ".raw", ".md", ".jsonl", ".ndjson", ".json", ".parquet"}  # a missing one is no data set
 
 
-def weighed_sources(sources: Sequence[str]) -> dict[str, float]:
+def weighed_sources(sources: Sequence[str], share: bool = True) -> dict[str, float]:
     """The weight of each source, `default` taken apart; a source that comes twice has the sum of its weights.
 
-    Raises TextError for a weight that is not a number above 0 and for no sources at all.
+    The parts of `default` share its weight, or, without `share`, have it each. Raises TextError for a weight that is not a number above 0 and for no sources at all.
     """
     weights: dict[str, float] = {}
     for source in sources:
         name, weight = _split_weight(source)
         parts = tuple(calibration_data.NAMES) if name == "default" else (name,)
         for part in parts:
-            weights[part] = weights.get(part, 0.0) + weight / len(parts)
+            weights[part] = weights.get(part, 0.0) + weight / (len(parts) if share else 1)
     if not weights:
         raise TextError("no source of text is named; 'default' is the bundled texts")
     return weights

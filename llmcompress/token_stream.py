@@ -32,10 +32,16 @@ class Tokenise:
 
     def document(self, text: str) -> np.ndarray:
         """int64 ids of a document with its start and end, once each: chat templates write their own."""
-        ids, eos = self.plain(text), self.tokenizer.eos_token
+        ids = self.plain(text)
+        start, end = self.around(ids, text)
+        return np.array([*start, *ids, *end], np.int64)
+
+    def around(self, ids: list[int], text: str) -> tuple[list[int], list[int]]:
+        """The start and end of a document that its own `ids`, of `text`, lack."""
+        eos = self.tokenizer.eos_token
         start = [] if ids[: len(self.start)] == self.start else self.start
         end = [] if eos and text.rstrip().endswith(eos) else self.end or self._own_end()
-        return np.array([*start, *ids, *end], np.int64)
+        return start, end
 
     def _own_end(self) -> list[int]:
         """What divides documents where the tokenizer adds no end: EOS, the next start, or an empty line."""

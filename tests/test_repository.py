@@ -30,7 +30,9 @@ LAYERS = [
     {"grids"},
     {"sources"},
     {"hub", "safetensors_header", "safetensors_files", "torch_pickle", "torch_zip", "checkpoint"},
-    {"text_sources", "token_stream", "token_rows", "compute"},
+    {"text_sources", "token_stream", "token_rows", "compute", "answers"},
+    {"tuning_options", "tuning_data", "frozen_model"},
+    {"row_packing", "adapters", "adapter_start", "training", "training_curve"},
     {"hidden_states", "linear_inputs", "block_weights"},
     {"calibration_state"},
     {"blocks"},
@@ -49,7 +51,7 @@ LAYERS = [
     {"converters"},
     {"display", "stats_display"},
     {"model_display"},
-    {"stats_commands", "model_commands", "sensitivity_command", "adapter_commands"},
+    {"stats_commands", "model_commands", "sensitivity_command", "adapter_commands", "finetune_command"},
     {"cli", "__main__"},
 ]
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}

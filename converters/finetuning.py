@@ -1,0 +1,290 @@
+"""The job of `finetune`: a checkpoint and examples to an adapter, its loss curve and a report."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import torch
+import transformers
+from llmcompress.converters.model import read_tokenizer, require_fit
+
+from llmcompress import __version__
+from llmcompress.adapter_start import fit_original, install, load_factors, save_factors, start_factors
+from llmcompress.adapters import unadapted, with_adapter
+from llmcompress.checkpoint import Checkpoint
+from llmcompress.compute import compute_device, fast_bfloat16
+from llmcompress.errors import LlmcompressError, RunError
+from llmcompress.frozen_model import load_frozen, stored_bits
+from llmcompress.json_object import read_object
+from llmcompress.machine import cores
+from llmcompress.progress import Progress
+from llmcompress.row_packing import packs_cleanly
+from llmcompress.training import Curve, trainer_of
+from llmcompress.training_curve import draw
+from llmcompress.tuning_data import ExampleReader, TuningData, tuning_data
+from llmcompress.tuning_options import Chosen, TuningOptions, chosen
+from llmcompress.whole_file import require_free_place, whole_file
+
+LONGEST = 2048  # tokens of an example, where the model takes more
+LIBRARIES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes")
+AS_TRAINED = "for-nf4"  # the adapter that fits the quantized weights it was trained on
+
+
+@dataclass(frozen=True)
+class TuningReport:
+    """A finished fine-tuning: losses in nats for each learned token, and what the user should know.
+
+    untuned, held_out: held-out loss of the model as it was and of the adapter that was kept, of step `best_step`; None
+    without validation.
+    """
+
+    path: Path
+    model: str
+    fingerprint: str
+    options: TuningOptions
+    figures: Chosen
+    data: TuningData
+    load: str
+    dtype: str
+    packed: bool
+    trainable: int
+    curve: Curve
+    untuned: float | None
+    held_out: float | None
+    best_step: int
+    steps: int
+    devices: int
+    seconds: float
+    notes: tuple[str, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "version": __version__,
+            "libraries": {name: version(name) for name in LIBRARIES if importlib.util.find_spec(name)},
+            "model": self.model,
+            "model_fingerprint": self.fingerprint,
+            "load": self.load,
+            "dtype": self.dtype,
+            "trainable_weights": self.trainable,
+            "packed": self.packed,
+            "options": asdict(self.options),
+            "chosen": self.figures.as_dict(),
+            "data": {"sources": list(self.data.sources), "sha256": self.data.sha256, **self.data.counts()},
+            "untuned_loss": self.untuned,
+            "held_out_loss": self.held_out,
+            "best_step": self.best_step,
+            "steps": self.steps,
+            "devices": self.devices,
+            "seconds": round(self.seconds, 1),
+            "training_losses": self.curve.train,
+            "held_out_losses": self.curve.held_out,
+            "notes": list(self.notes),
+        }
+
+
+def finetune_model(
+    model: str | Path, out: str | Path, data: Sequence[str], options: TuningOptions, progress: Progress
+) -> TuningReport:
+    """Train an adapter for `model` on the sources `data` and write it to the folder `out`, in peft's own format, with
+    loss.png and finetune.json beside it.
+
+    Killed, the same call goes on from its last checkpoint. In processes of `accelerate launch` each does its share, and
+    the first one writes. Raises LlmcompressError.
+    """
+    options.check()
+    if not importlib.util.find_spec("matplotlib"):
+        raise ModuleNotFoundError("No module named 'matplotlib'", name="matplotlib")
+    out = Path(out)
+    require_free_place(out)
+    part = out.with_name(out.name + ".part")
+    with Checkpoint.open(model) as checkpoint:
+        run = _Run(checkpoint, data, options, part, progress)
+        report = run.train(out)
+        if run.state.is_main_process:
+            run.deliver(report, out)
+        run.state.wait_for_everyone()
+    return report
+
+
+class _Run:
+    """A fine-tuning from its data to its adapter."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, sources: Sequence[str], options: TuningOptions, part: Path, progress: Progress
+    ) -> None:  # fmt: skip
+        self.checkpoint, self.options, self.part, self.progress = checkpoint, options, part, progress
+        where = str(checkpoint.directory / "config.json")
+        self.load = _load_of(options.load, stored_bits(checkpoint.config, where))
+        self.device, self.state = _device(options.device)
+        self.bf16 = options.dtype == "bf16" or (options.dtype == "auto" and fast_bfloat16(self.device.type))
+        self.dtype = torch.bfloat16 if self.bf16 else torch.float32
+        tokenizer = read_tokenizer(checkpoint.directory)
+        config = transformers.AutoConfig.from_pretrained(checkpoint.directory).get_text_config()
+        self.hidden = config.hidden_size
+        self.length = options.max_length or min(LONGEST, getattr(config, "max_position_embeddings", LONGEST))
+        reader = ExampleReader(tokenizer, self.length, options.loss, options.plain)
+        self.data = tuning_data(reader, sources, options.validation, options.seed)
+        self.notes = list(self.data.notes)
+        if not self.data.validation:
+            self.notes.append("no examples are held out: the adapter is the last one, not the best")
+
+    def train(self, out: Path) -> TuningReport:
+        """Train to the end, or to where the held-out loss stops falling, from the last checkpoint there is."""
+        began, options = time.monotonic(), self.options
+        transformers.set_seed(options.seed)
+        self.say("loading the model")
+        frozen = load_frozen(self.checkpoint.directory, self.load, self.device, self.dtype)
+        require_fit(frozen, [example.ids for example in (*self.data.train, *self.data.validation)])
+        longest = max(len(example.ids) for example in self.data.train)
+        figures = chosen(
+            options, len(self.data.train), longest, self.hidden, frozen.num_parameters(),
+            self.state.num_processes, self.device.type == "cuda",
+        )  # fmt: skip
+        checkpoint = self._last_checkpoint(figures)
+        model = with_adapter(frozen, options, figures)
+        if stacked := unadapted(model):
+            self.notes.append(f"{len(stacked)} stacked matrices (experts) stay as they are, such as {stacked[0]}")
+        self._start(model)
+        pack = options.pack and packs_cleanly(model, self.data.train)
+        if options.pack and not pack:
+            self.notes.append("this model does not keep packed examples apart: each has a row of its own")
+        trainer = trainer_of(
+            model, self.data, options, figures, self.part, self.length, pack, self.bf16, checkpoint is not None,
+            self.progress if self.state.is_main_process else Progress(),
+        )  # fmt: skip
+        counts = self.data.counts()
+        self.say(
+            f"{counts['train_examples']} examples, {counts['train_learned_tokens']} of {counts['train_tokens']} tokens "
+            f"learned, {counts['validation_examples']} held out; {figures.steps} steps ({figures.epochs:.1f} epochs), "
+            f"learning rate {figures.learning_rate:.2g}"
+        )  # fmt: skip
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        curve = Curve.of(trainer.state.log_history)
+        if self.state.is_main_process:
+            self._save(trainer.model)
+        return self._report(out, trainer, figures, curve, pack, time.monotonic() - began)
+
+    def deliver(self, report: TuningReport, out: Path) -> None:
+        """Put picture and report beside the adapter, and the whole under its name."""
+        adapter = self.part / "adapter"
+        draw(report.curve, adapter / "loss.png", f"{self.checkpoint.name}, {report.options.method}")
+        (adapter / "finetune.json").write_text(json.dumps(report.as_dict(), indent=1) + "\n")
+        try:
+            os.replace(adapter, out)
+        except OSError as error:
+            raise RunError(f"{out}: cannot be written: {error.strerror}; the adapter is in {adapter}") from None
+        shutil.rmtree(self.part, ignore_errors=True)
+
+    def say(self, line: str) -> None:
+        if self.state.is_main_process:
+            self.progress.say(line)
+
+    def _start(self, model: Any) -> None:
+        """For PiSSA and LoftQ: the factors the adapter starts with, those of an earlier run where there was one."""
+        init, path = self.options.init, self.part / "start.safetensors"
+        if init == "default":
+            return
+        if init == "loftq" and self.load != "4bit":
+            raise LlmcompressError(f"--init loftq: makes up for quantizing to 4 bits, the model is in {self.load}; add --qlora")
+        if self.load == "8bit" or (self.load == "4bit" and self.checkpoint.config.get("quantization_config")):
+            raise LlmcompressError(f"--init {init}: needs the unquantized model, in 16 bits or with --qlora")
+        source = model.get_base_model()
+        if self.load == "4bit":
+            source = load_frozen(self.checkpoint.directory, "16bit", torch.device("cpu"), torch.bfloat16)
+        with self.state.main_process_first():
+            if not path.exists():
+                save_factors(path, start_factors(model, init, source))
+        install(model, init, load_factors(path), source)
+
+    def _save(self, model: Any) -> None:
+        """The adapter in peft's format, in its place in the run's folder."""
+        folder = self.part / "adapter"
+        shutil.rmtree(folder, ignore_errors=True)
+        config = model.peft_config["default"]
+        config.base_model_name_or_path = self.checkpoint.repository or str(self.checkpoint.directory)
+        config.revision = self.checkpoint.revision
+        model.save_pretrained(folder)
+        if self.options.init == "default":
+            return
+        if self.options.init == "loftq":
+            shutil.copytree(folder, folder / AS_TRAINED)
+            self.notes.append(
+                f"the adapter fits the unquantized model; {AS_TRAINED}/ in it is as trained, for the model in NF4"
+            )
+        fit_original(folder, load_factors(self.part / "start.safetensors"))
+
+    def _last_checkpoint(self, figures: Chosen) -> Path | None:
+        """Of an earlier run of the same job in the run's folder, the last checkpoint that is whole."""
+        job = {
+            "model": self.checkpoint.fingerprint(),
+            "data": self.data.sha256,
+            "options": asdict(self.options),
+            "figures": figures.as_dict(),
+        }
+        job = json.loads(json.dumps(job))
+        record = self.part / "job.json"
+        with self.state.main_process_first():
+            if not record.exists():
+                self.part.mkdir(parents=True, exist_ok=True)
+                with whole_file(record) as file:
+                    file.write(json.dumps(job, indent=1).encode())
+        other = [key for key, value in job.items() if read_object(record).get(key) != value]
+        if other:
+            raise LlmcompressError(
+                f"{self.part}: holds an unfinished run with other {' and '.join(other)}; repeat its command to finish "
+                "it, or remove the folder"
+            )
+        whole = [path.parent for path in self.part.glob("checkpoint-*/trainer_state.json")]
+        last = max(whole, key=lambda path: int(path.name.partition("-")[2]), default=None)
+        if last:
+            self.notes.append(f"went on from step {last.name.partition('-')[2]} of an earlier run")
+        return last
+
+    def _report(
+        self, out: Path, trainer: Any, figures: Chosen, curve: Curve, pack: bool, seconds: float
+    ) -> TuningReport:
+        untuned = curve.held_out[0][1] if curve.held_out else None
+        trained = [point for point in curve.held_out if point[0]]
+        best = min(trained, key=lambda point: point[1], default=(trainer.state.global_step, None))
+        if untuned is not None and best[1] is not None and best[1] >= untuned:
+            self.notes.append(
+                f"the held-out loss never fell below the model's own {untuned:.4f}: is the data like what is held out?"
+            )
+        if trainer.state.global_step < figures.steps:
+            self.notes.append(f"stopped early, at step {trainer.state.global_step} of {figures.steps}")
+        return TuningReport(
+            path=out, model=self.checkpoint.repository or str(self.checkpoint.directory),
+            fingerprint=self.checkpoint.fingerprint(), options=self.options, figures=figures, data=self.data,
+            load=self.load, dtype="bf16" if self.bf16 else "f32", packed=pack,
+            trainable=sum(p.numel() for p in trainer.model.parameters() if p.requires_grad), curve=curve,
+            untuned=untuned, held_out=best[1], best_step=best[0], steps=trainer.state.global_step,
+            devices=self.state.num_processes, seconds=seconds, notes=tuple(self.notes),
+        )  # fmt: skip
+
+
+def _load_of(asked: str | None, stored: str | None) -> str:
+    """In how many bits the frozen weights are, one of frozen_model.LOADS."""
+    if stored and asked not in (None, stored):
+        raise LlmcompressError(f"--load {asked}: the model's weights are stored in {stored}; leave it out")
+    return stored or asked or "16bit"
+
+
+def _device(asked: str) -> tuple[torch.device, accelerate.PartialState]:
+    """This process's device, and what accelerate knows of the others."""
+    device = compute_device(asked)
+    state = accelerate.PartialState(cpu=device.type == "cpu")
+    if state.num_processes > 1:
+        device = state.device
+        if device.type == "cpu":
+            torch.set_num_threads(max(1, cores() // state.num_processes))
+    return device, state
