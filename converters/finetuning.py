@@ -20,7 +20,7 @@ from llmcompress.converters.model import read_tokenizer, require_fit
 
 from llmcompress import __version__
 from llmcompress.adapter_start import fit_original, install, load_factors, save_factors, start_factors
-from llmcompress.adapters import unadapted, with_adapter
+from llmcompress.adapter_method import unadapted, with_adapter
 from llmcompress.checkpoint import Checkpoint
 from llmcompress.compute import compute_device, fast_bfloat16
 from llmcompress.errors import LlmcompressError, RunError

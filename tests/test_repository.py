@@ -32,7 +32,7 @@ LAYERS = [
     {"hub", "safetensors_header", "safetensors_files", "torch_pickle", "torch_zip", "checkpoint"},
     {"text_sources", "token_stream", "token_rows", "compute", "answers"},
     {"tuning_options", "tuning_data", "frozen_model"},
-    {"row_packing", "adapters", "adapter_start", "training", "training_curve"},
+    {"row_packing", "adapter_method", "adapter_start", "training", "training_curve"},
     {"hidden_states", "linear_inputs", "block_weights"},
     {"calibration_state"},
     {"blocks"},

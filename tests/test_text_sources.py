@@ -92,7 +92,9 @@ def test_jsonl_skips_empty_lines_and_texts_and_keeps_unicode_line_ends(tmp_path:
         (b'{"messages": [{"content": "a"}]}', "message 1: the role is None"),
         (b'{"messages": [{"role": "user"}]}', "message 1: content: None is not text"),
         (b'{"messages": [{"role": "user", "content": [{"type": "image"}]}]}', "a part that is not text"),
-        (b'{"prompt": [1], "completion": "b"}', "line 1: prompt: .* is not text"),
+        (b'{"prompt": 1, "completion": "b"}', "line 1: prompt: 1 is not text"),
+        (b'{"prompt": [1], "completion": "b"}', "line 1: prompt and completion: message 1: 1, not an object"),
+        (b'{"prompt": "a", "completion": ["b"]}', r"line 1: completion: \['b'\] is not text"),
     ],
 )  # fmt: skip
 def test_hostile_jsonl(tmp_path: Path, data: bytes, message: str) -> None:
