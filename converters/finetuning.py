@@ -19,8 +19,8 @@ import transformers
 from llmcompress.converters.model import read_tokenizer, require_fit
 
 from llmcompress import __version__
-from llmcompress.adapter_start import fit_original, install, load_factors, save_factors, start_factors
 from llmcompress.adapter_method import unadapted, with_adapter
+from llmcompress.adapter_start import fit_original, install, load_factors, save_factors, start_factors
 from llmcompress.checkpoint import Checkpoint
 from llmcompress.compute import compute_device, fast_bfloat16
 from llmcompress.errors import LlmcompressError, RunError
@@ -153,7 +153,9 @@ class _Run:
         checkpoint = self._last_checkpoint(figures)
         model = with_adapter(frozen, options, figures)
         if stacked := unadapted(model):
-            self.notes.append(f"{len(stacked)} stacked matrices (experts) stay as they are, such as {stacked[0]}")
+            self.notes.append(
+                f"{len(stacked)} stacked matrices (experts) stay as they are, such as {stacked[0]}"
+            )
         self._start(model)
         pack = options.pack and packs_cleanly(model, self.data.train)
         if options.pack and not pack:
@@ -182,7 +184,9 @@ class _Run:
         try:
             os.replace(adapter, out)
         except OSError as error:
-            raise RunError(f"{out}: cannot be written: {error.strerror}; the adapter is in {adapter}") from None
+            raise RunError(
+                f"{out}: cannot be written: {error.strerror}; the adapter is in {adapter}"
+            ) from None
         shutil.rmtree(self.part, ignore_errors=True)
 
     def say(self, line: str) -> None:
@@ -195,7 +199,9 @@ class _Run:
         if init == "default":
             return
         if init == "loftq" and self.load != "4bit":
-            raise LlmcompressError(f"--init loftq: makes up for quantizing to 4 bits, the model is in {self.load}; add --qlora")
+            raise LlmcompressError(
+                f"--init loftq: makes up for quantizing to 4 bits, the model is in {self.load}; add --qlora"
+            )
         if self.load == "8bit" or (self.load == "4bit" and self.checkpoint.config.get("quantization_config")):
             raise LlmcompressError(f"--init {init}: needs the unquantized model, in 16 bits or with --qlora")
         source = model.get_base_model()

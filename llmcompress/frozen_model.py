@@ -43,7 +43,10 @@ def load_frozen(directory: Path, bits: str, device: torch.device, dtype: torch.d
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*already has a `quantization_config`.*")
             model = transformers.AutoModelForCausalLM.from_pretrained(
-                directory, dtype=dtype, device_map={"": device}, quantization_config=_quantization(bits, dtype)
+                directory,
+                dtype=dtype,
+                device_map={"": device},
+                quantization_config=_quantization(bits, dtype),
             )
     except (ImportError, ValueError, OSError, RuntimeError, KeyError) as error:
         raise CheckpointError(

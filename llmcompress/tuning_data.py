@@ -74,7 +74,9 @@ class ExampleReader:
         if length < 2:
             raise TextError(f"--max-length {length}: an example needs at least 2 tokens")
         if not getattr(tokenizer, "is_fast", False):
-            raise TextError("the tokenizer does not say where its tokens lie in a text; save it as tokenizer.json")
+            raise TextError(
+                "the tokenizer does not say where its tokens lie in a text; save it as tokenizer.json"
+            )
         self.tokenise, self.length, self.plain = Tokenise(tokenizer), length, plain
         self.texts = answered_texts if loss == "answers" else whole_texts
         self.notes: list[str] = []
@@ -142,9 +144,7 @@ def _stops(ids: Sequence[int], tokenizer: Any) -> bool:
     return False
 
 
-def tuning_data(
-    reader: ExampleReader, sources: Sequence[str], validation: str, seed: int = 0
-) -> TuningData:
+def tuning_data(reader: ExampleReader, sources: Sequence[str], validation: str, seed: int = 0) -> TuningData:
     """Examples of `sources`, each NAME or NAME=WEIGHT (see text_sources.py): a weight of 2 shows an example twice in an
     epoch, one of 0.5 half of them, drawn once.
 

@@ -61,7 +61,9 @@ class TuningOptions:
             ("--method", self.method, METHODS), ("--init", self.init, INITS), ("--dtype", self.dtype, DTYPES),
         ):  # fmt: skip
             if value not in known:
-                raise LlmcompressError(f"{flag} {value}: is none of {', '.join(known)}{nearest(value, known)}")
+                raise LlmcompressError(
+                    f"{flag} {value}: is none of {', '.join(known)}{nearest(value, known)}"
+                )
         for flag, value in (
             ("--rank", self.rank), ("--alpha", self.alpha), ("--epochs", self.epochs), ("--steps", self.steps),
             ("--batch", self.batch), ("--micro-batch", self.micro_batch), ("--lr", self.learning_rate),

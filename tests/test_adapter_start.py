@@ -10,6 +10,7 @@ import peft
 import pytest
 import torch
 
+from llmcompress.adapter_method import unadapted, with_adapter
 from llmcompress.adapter_start import (
     adapted_layers,
     dequantized,
@@ -20,7 +21,6 @@ from llmcompress.adapter_start import (
     save_factors,
     start_factors,
 )
-from llmcompress.adapter_method import unadapted, with_adapter
 from llmcompress.errors import LlmcompressError
 from llmcompress.frozen_model import load_frozen
 from llmcompress.tuning_options import TuningOptions, chosen
@@ -34,7 +34,9 @@ def adapted(folder: Path, load: str, options: TuningOptions) -> peft.PeftModel:
     return with_adapter(load_frozen(folder, load, CPU, torch.float32), options, figures).eval()
 
 
-def started(folder: Path, load: str, options: TuningOptions) -> tuple[peft.PeftModel, dict[str, torch.Tensor]]:
+def started(
+    folder: Path, load: str, options: TuningOptions
+) -> tuple[peft.PeftModel, dict[str, torch.Tensor]]:
     model = adapted(folder, load, options)
     source = load_frozen(folder, "16bit", CPU, torch.float32)
     factors = start_factors(model, options.init, source)
@@ -82,7 +84,9 @@ def test_pissa_starts_as_the_model_and_is_saved_for_it(
     fit_original(tmp_path / "adapter", factors)
     again = peft.PeftModel.from_pretrained(plain, tmp_path / "adapter").eval()
     assert torch.allclose(logits(again), logits(model), atol=2e-3)
-    assert (logits(model) - logits(load_frozen(tiny(name), "16bit", CPU, torch.float32).eval())).abs().max() > 0.1
+    assert (
+        logits(model) - logits(load_frozen(tiny(name), "16bit", CPU, torch.float32).eval())
+    ).abs().max() > 0.1
 
 
 def test_loftq_makes_up_for_what_quantizing_lost(tiny: Callable[[str], Path], tmp_path: Path) -> None:
@@ -95,9 +99,16 @@ def test_loftq_makes_up_for_what_quantizing_lost(tiny: Callable[[str], Path], tm
     moved(model)
     model.save_pretrained(tmp_path / "adapter")
     quantized = load_frozen(tiny("llama"), "4bit", CPU, torch.float32)
-    assert torch.allclose(logits(peft.PeftModel.from_pretrained(quantized, tmp_path / "adapter").eval()), logits(model), atol=1e-4)
+    assert torch.allclose(
+        logits(peft.PeftModel.from_pretrained(quantized, tmp_path / "adapter").eval()),
+        logits(model),
+        atol=1e-4,
+    )
     change = {name: weight - rounded[name] for name, weight in weights(model).items()}
-    started_with = {name: weight - rounded[name] for name, weight in weights(started(tiny("llama"), "4bit", options)[0]).items()}
+    started_with = {
+        name: weight - rounded[name]
+        for name, weight in weights(started(tiny("llama"), "4bit", options)[0]).items()
+    }
     fit_original(tmp_path / "adapter", factors)
     plain = load_frozen(tiny("llama"), "16bit", CPU, torch.float32)
     again = weights(peft.PeftModel.from_pretrained(plain, tmp_path / "adapter"))

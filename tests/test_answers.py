@@ -41,7 +41,9 @@ def tokenizer(root: Path) -> transformers.PreTrainedTokenizerBase:
 
 
 def chat(turns: list[tuple[str, str]], **of_all: object) -> Conversation:
-    return document_of({"messages": [{"role": role, "content": text} for role, text in turns], **of_all}, "here")
+    return document_of(
+        {"messages": [{"role": role, "content": text} for role, text in turns], **of_all}, "here"
+    )
 
 
 def learned(document: Conversation, tokenizer, template: str, plain: bool = False) -> list[list[str]]:
@@ -68,7 +70,10 @@ def test_every_turn_of_the_assistant_is_found(tokenizer, template: str, expected
 
 def test_a_template_that_forgets_reasoning_gives_a_text_for_each_answer(tokenizer) -> None:
     turns = [("user", "one"), ("assistant", "<think>a</think>two"), ("user", "three"), ("assistant", "four")]
-    assert learned(chat(turns), tokenizer, REASONING) == [["<think>a</think>two<|eot_id|>"], ["four<|eot_id|>"]]
+    assert learned(chat(turns), tokenizer, REASONING) == [
+        ["<think>a</think>two<|eot_id|>"],
+        ["four<|eot_id|>"],
+    ]
 
 
 def test_a_system_message_the_template_refuses_joins_the_user_s(tokenizer) -> None:

@@ -28,7 +28,9 @@ def codes(model: torch.nn.Module) -> dict[str, bytes]:
     return found
 
 
-def test_a_forward_in_eval_mode_leaves_the_codes_as_they_are(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+def test_a_forward_in_eval_mode_leaves_the_codes_as_they_are(
+    tiny: Callable[[str], Path], tmp_path: Path
+) -> None:
     model = load_frozen(tiny("llama"), "4bit", CPU, torch.float32).eval()
     before = codes(model)
     with torch.no_grad():

@@ -133,7 +133,9 @@ def test_a_weight_is_how_often_an_example_is_shown(tokenizer, tmp_path_factory, 
 def test_a_validation_share_out_of_range_is_refused(tokenizer, tmp_path: Path, validation: str) -> None:
     with pytest.raises(TextError, match="--validation"):
         tuning_data(
-            ExampleReader(tokenizer, 64, "answers", False), [lines(tmp_path / "a.jsonl", pairs(3))], validation
+            ExampleReader(tokenizer, 64, "answers", False),
+            [lines(tmp_path / "a.jsonl", pairs(3))],
+            validation,
         )
 
 
