@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import auto_gptq_peer
 import numpy as np
 import pytest
 import torch
 import transformers
+from gptq_decoder import decoded, fields, modules_of, tensors_of, write_dequantized
 from llmcompress.converters.calibration import CalibrationOptions, calibrate_model
 from llmcompress.converters.to_checkpoint import plan_checkpoint
 from safetensors import safe_open
@@ -32,45 +31,12 @@ from llmcompress.recipe import Recipe
 SAMPLE = "examples/sample-llama-6m"
 
 
-def tensors_of(folder: Path) -> dict[str, np.ndarray]:
-    """All tensors; bfloat16 as the bits it has."""
-    found = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, "pt") as tensors:
-            for name in tensors.keys():
-                value = tensors.get_tensor(name)
-                found[name] = (value.view(torch.int16) if value.dtype == torch.bfloat16 else value).numpy()
-    return found
-
-
 def weights_of(folder: Path, name: str) -> np.ndarray:
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, "pt") as tensors:
             if name in tensors.keys():
                 return tensors.get_tensor(name).float().numpy()
     raise KeyError(name)
-
-
-def fields(words: np.ndarray, bits: int) -> np.ndarray:
-    """Codes along the first axis, (n, m), of int32 words, (n * bits / 32, m): each column is one stream of bits."""
-    columns = np.ascontiguousarray(words.T).astype("<i4").view(np.uint8)
-    stream = np.unpackbits(columns, axis=1, bitorder="little")
-    codes = stream.reshape(len(columns), -1, bits)
-    return (codes * (1 << np.arange(bits))).sum(-1).T
-
-
-def decoded(tensors: dict[str, np.ndarray], module: str, bits: int, version: str) -> np.ndarray:
-    """The weight (outputs, inputs) of a module, float64."""
-    codes = fields(tensors[f"{module}.qweight"], bits)  # (inputs, outputs)
-    zeros = fields(np.ascontiguousarray(tensors[f"{module}.qzeros"].T), bits).T  # (groups, outputs)
-    zeros = zeros + 1 if version == "gptq" else zeros
-    group = tensors[f"{module}.g_idx"]
-    scales = tensors[f"{module}.scales"].astype(np.float64)
-    return (scales[group] * (codes - zeros[group].astype(np.float64))).T
-
-
-def modules_of(tensors: dict[str, np.ndarray]) -> list[str]:
-    return sorted(name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight"))
 
 
 @pytest.fixture(scope="module")
@@ -314,44 +280,36 @@ def test_the_command_line(small: Path, tmp_path: Path) -> None:
     assert run.invoke(app, ["convert", str(small), "--format", "gptq"]).exit_code == 2
 
 
-needs_auto_gptq = pytest.mark.skipif(
-    not all(importlib.util.find_spec(name) for name in ("auto_gptq", "peft")), reason="needs auto-gptq 0.7.1"
-)
-
-
-@needs_auto_gptq
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "options",
-    [{}, {"group_size": 32, "split_max_size": 10**6}, {"bits": 3, "group_size": 64}, {"bits": 8}, {"bits": 2, "group_size": -1}, {"sym": False}],
-    ids=str,
+READ_BY_AUTO_GPTQ = (
+    {}, {"group_size": 32, "split_max_size": 10**6}, {"bits": 3, "group_size": 64}, {"bits": 8},
+    {"bits": 2, "group_size": -1}, {"sym": False},
 )  # fmt: skip
-@pytest.mark.parametrize("dtype", ["float16", "float32"])
+
+
+@pytest.mark.skipif(bool(auto_gptq_peer.missing()), reason=auto_gptq_peer.missing())
+@pytest.mark.slow
 def test_auto_gptq_computes_the_logits_of_the_dequantized_model(
-    options: dict, dtype: str, tiny: Callable[[str], Path], tmp_path: Path
+    tiny: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    bits, sym = options.get("bits", 4), options.get("sym", True)
-    folder, source = tmp_path / "gptq", tiny("llama")
-    llmcompress.quantize(source, folder, format="gptq", **options)
-    tensors, modules = tensors_of(folder), modules_of(tensors_of(folder))
-    model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype))
-    with torch.no_grad():
-        for module in modules:
-            values = decoded(tensors, module, bits, "gptq" if sym else "gptq_v2")
-            model.get_submodule(module).weight.copy_(torch.from_numpy(values))
-    if not sym:
-        store_as_first_version(folder, modules, bits)
-    tokens = [1, 5, 300, 17, 250, 99, 4, 77]
-    script = Path(__file__).with_name("auto_gptq_logits.py")
-    command = [sys.executable, script, folder, dtype, tmp_path / "logits.npy", *map(str, tokens)]
-    subprocess.run(command, check=True)
-    with torch.no_grad():
-        expected = model(input_ids=torch.tensor([tokens])).logits.float().numpy()
-    found = np.load(tmp_path / "logits.npy")
-    if dtype == "float32":
-        assert np.array_equal(found, expected)
-    else:  # the same weights, but products of float16 are summed in another order
-        assert np.abs(found - expected).max() < 0.004 * np.abs(expected).max()
+    source, tokens = tiny("llama"), [1, 5, 300, 17, 250, 99, 4, 77]
+    folders = [tmp_path / str(number) for number in range(len(READ_BY_AUTO_GPTQ))]
+    for folder, options in zip(folders, READ_BY_AUTO_GPTQ):
+        llmcompress.quantize(source, folder, format="gptq", **options)
+        write_dequantized(folder, source, folder.with_suffix(".plain"))
+        if not options.get("sym", True):
+            store_as_first_version(folder, modules_of(tensors_of(folder)), 4)
+    auto_gptq_peer.run("logits", tmp_path / "logits.npy", ",".join(map(str, tokens)), *folders)
+    for dtype, by_folder in zip(auto_gptq_peer.DTYPES, np.load(tmp_path / "logits.npy"), strict=True):
+        for folder, options, found in zip(folders, READ_BY_AUTO_GPTQ, by_folder, strict=True):
+            model = transformers.AutoModelForCausalLM.from_pretrained(
+                folder.with_suffix(".plain"), dtype=getattr(torch, dtype)
+            )
+            with torch.no_grad():
+                expected = model(input_ids=torch.tensor([tokens])).logits[0].float().numpy()
+            if dtype == "float32":
+                assert np.array_equal(found, expected), options
+            else:  # the same weights, but products of float16 are summed in another order
+                assert np.abs(found - expected).max() < 0.004 * np.abs(expected).max(), options
 
 
 def store_as_first_version(folder: Path, modules: list[str], bits: int) -> None:

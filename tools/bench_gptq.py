@@ -1,13 +1,19 @@
-"""GPTQ on the grids of GGUF: how close a file stays to its model beside ggml's own quantizer, and the time of a solve.
+"""GPTQ and target sizes: how close what we make stays to its model, beside peers, and the time of a solve.
 
-    python tools/bench_gptq.py
-    python tools/bench_gptq.py --parts kl --types Q3_K --models examples/sample-llama-6m
+    python tools/bench_gptq.py --third DIR
+    python tools/bench_gptq.py --parts grids --types Q3_K --models examples/sample-llama-6m
     python tools/bench_gptq.py --parts time --size 2048
 
-kl: mean KL divergence on held-out text, by `evaluate`, of files in which every matrix of the blocks has one type
-    and all else is F32. One is by `quantize --method gptq`; its peer has the same tensors, each quantized by ggml (the
-    one in the xllamacpp wheel, tests/llama_cpp.py) with the importance of the same tokens; a third is our rounding to
-    nearest. Files are of one size to the byte.
+Models are the two samples and a Gemma 3 that tools/train_model.py trains into DIR where it is not there yet, which
+takes up to 45 minutes. All figures are mean KL divergences on held-out text, by `evaluate`, in nats a token.
+
+grids: of files in which every matrix of the blocks has one type and all else is F32. One is by `quantize --method
+    gptq`; its peer has the same tensors, each quantized by ggml (the one in the xllamacpp wheel, tests/llama_cpp.py)
+    with the importance of the same tokens; a third is our rounding to nearest. Files are of one size to the byte.
+target: of a K-mix with importance, by us and by ggml, and of `--target-size` at that file's size, rounded to nearest
+    and by gptq.
+checkpoint: of GPTQ checkpoints of 4 bits in groups of 128, by gptq, by nearest rounding with the same search for
+    scales, and by auto-gptq 0.7.1 (tests/auto_gptq_peer.py) on the same tokens, all read by tests/gptq_decoder.py.
 time: of a square matrix, statistics given, on one core: factor and solve, beside column loops in torch that have the
     same scales for nothing but the fit. One of them changes all columns that follow at once, the other, as
     auto-gptq's, 128 at a time and the rest by a matrix product.
@@ -18,8 +24,10 @@ Prints the rows of each part, with bars and whether they are met.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -29,11 +37,14 @@ from statistics import median
 
 import numpy as np
 import torch
-from llmcompress.converters.calibration import CalibrationOptions, calibrate_model
+from llmcompress.converters.calibration import CalibrationOptions, calibrate_model, rows_of
 from llmcompress.converters.evaluation import EvaluationOptions, evaluate_model
+from llmcompress.converters.to_gguf import measure_gguf
 from measure import machine
 
 import llmcompress
+from llmcompress.checkpoint import Checkpoint
+from llmcompress.filetypes import FLOATS
 from llmcompress.gguf.reader import GGUFFile
 from llmcompress.grids import find_grid
 from llmcompress.grids.code_bits import lattice_of
@@ -41,75 +52,153 @@ from llmcompress.grids.grid import Grid
 from llmcompress.hessians import HessianFolder
 from llmcompress.methods import gptq
 from llmcompress.progress import Progress
+from llmcompress.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
+import auto_gptq_peer  # noqa: E402
+from gptq_decoder import write_dequantized  # noqa: E402
 from llama_cpp import Ggml  # noqa: E402
 
 SHARED = ROOT.parent / "shared"
 MODELS = [ROOT / "examples" / "sample-llama-6m", SHARED / "models" / "sample-qwen3-7m"]
+PARTS = ("grids", "target", "checkpoint", "time")
 CORPUS = SHARED / "corpora" / "sample-heldout"
 TOKENS, HELD_OUT = 2**15, 12288
 FILE_TYPES = {"Q3_K": "Q3_K_S", "Q4_K": "Q4_K_S", "Q5_K": "Q5_K_S"}  # others are called as their grid
-TYPES = ["Q2_K", "Q3_K", "IQ4_XS", "Q4_K", "Q5_K"]
-BARS = {  # KL over the peer's, of sample-llama-6m and of other models
+TYPES = ["Q4_K", "Q5_K", "IQ4_XS", "Q3_K", "IQ3_S", "IQ3_XXS", "Q2_K"]
+MIXES = ["Q3_K_M", "Q4_K_M"]
+BARS = {  # of sample-llama-6m and of other models
     **dict.fromkeys(["Q4_K", "Q5_K", "IQ4_XS"], (0.40, 0.65)),
     **dict.fromkeys(["Q3_K", "IQ3_S", "IQ3_XXS"], (0.40, 0.60)),
     "Q2_K": (0.50, 0.65),
+    "target, nearest": (0.75, 0.80),
+    "target, gptq": (0.33, 0.50),
+    "checkpoint": (0.32, 0.60),
+    "auto-gptq": (1.00, 1.00),
 }
 FASTER = 10
 PEER_BLOCK = 128  # columns
 
 
-def divergences(model: Path, types: list[str], calibration: Path, held_out: Path, work: Path) -> None:
-    """Print a row for each type."""
-    hessian = work / "hessian"
-    options = CalibrationOptions(data=(str(calibration),), tokens=TOKENS)
-    calibrate_model(model, work / "imatrix.gguf", options, Progress(), hessian)
-    for name in types:
-        kl = {}
-        for method in ("nearest", "gptq"):
-            out = work / f"{method}.gguf"
-            made = llmcompress.quantize(
-                model, out, type=FILE_TYPES.get(name, name), pure=True, method=method, hessian=str(hessian),
-                token_embedding_type="F32", output_tensor_type="F32",
-            )  # fmt: skip
-            kl[method] = mean_kl(out, model, held_out)
-        used = {tensor.method for tensor in made.outputs[0].tensors if tensor.type == name}
-        shutil.copy(work / "gptq.gguf", work / "ggml.gguf")
-        quantize_by_ggml(work / "ggml.gguf", model, name, HessianFolder(hessian), work)
-        kl["ggml"] = mean_kl(work / "ggml.gguf", model, held_out)
-        ratio = kl["gptq"] / kl["ggml"]
-        bar = BARS[name][model.name != MODELS[0].name] if name in BARS else None
-        verdict = "" if bar is None else f"{bar:.2f} | {'met' if ratio <= bar else 'MISSED'}"
+class Subject:
+    """A model with its XᵀX of TOKENS tokens, and a folder to work in."""
+
+    def __init__(self, model: Path, calibration: Path, held_out: Path, work: Path) -> None:
+        self.model, self.held_out, self.work = model, held_out, work
+        self.is_first = model.name == MODELS[0].name
+        self.options = CalibrationOptions(data=(str(calibration),), tokens=TOKENS)
+        self.hessian = work / "hessian"
+        calibrate_model(model, work / "imatrix.gguf", self.options, Progress(), self.hessian)
+
+    def kl(self, artefact: Path) -> float:
+        """Mean divergence of a GGUF or a plain checkpoint."""
+        options = EvaluationOptions(data=(str(self.held_out),), tokens=HELD_OUT)
+        report = evaluate_model(str(artefact), str(self.model), options, Progress())
+        return report.as_dict()["figures"]["mean_kl"]["value"]
+
+    def made(self, name: str, **options) -> tuple[Path, object]:
+        out = self.work / name
+        return out, llmcompress.quantize(self.model, out, hessian=str(self.hessian), **options)
+
+    def row(self, what: str, bar: str, ours: float, peer: float, note: str = "") -> None:
+        """Print one comparison."""
+        most = BARS[bar][not self.is_first] if bar in BARS else None
+        verdict = "|" if most is None else f"{most:.2f} | {'met' if ours / peer <= most else 'MISSED'}"
         print(
-            f"| {model.name} | {name} | {kl['ggml']:.6f} | {kl['nearest']:.6f} | {kl['gptq']:.6f} | {ratio:.3f} | "
-            f"{verdict if used == {'gptq'} else f'{bar}, not by gptq'} |",
+            f"| {self.model.name} | {what} | {ours:.6f} | {peer:.6f} | {ours / peer:.3f} | {verdict}{note} |",
             flush=True,
         )
 
 
-def quantize_by_ggml(path: Path, model: Path, type: str, hessian: HessianFolder, work: Path) -> None:
-    """Put ggml's bytes into the tensors of `type` of a GGUF file."""
-    grid, ggml, plain = find_grid(type), Ggml(), work / "f32.gguf"
+def grids(subject: Subject, types: list[str]) -> None:
+    """Print a row for each type."""
+    for name in types:
+        kl = {}
+        for method in ("nearest", "gptq"):
+            out, made = subject.made(
+                f"{method}.gguf", type=FILE_TYPES.get(name, name), pure=True, method=method,
+                token_embedding_type="F32", output_tensor_type="F32",
+            )  # fmt: skip
+            kl[method] = subject.kl(out)
+        used = {tensor.method for tensor in made.outputs[0].tensors if tensor.type == name}
+        peer = by_ggml(out, subject)
+        note = "" if used == {"gptq"} else f", by {' and '.join(sorted(used))}"
+        subject.row(f"{name} gptq / ggml (nearest: {kl['nearest']:.6f})", name, kl["gptq"], peer, note)
+
+
+def targets(subject: Subject, mixes: list[str]) -> None:
+    """Print two rows for each mix."""
+    for method in ("nearest", "gptq"):
+        recipe = Recipe(hessian=str(subject.hessian), method=method)
+        measure_gguf(subject.model, recipe).save(subject.work / f"{method}.json")
+    for name in mixes:
+        mix, _ = subject.made("mix.gguf", type=name)
+        nearest, peer = subject.kl(mix), by_ggml(mix, subject)
+        for method, beside, kl in (("nearest", "the mix by us", nearest), ("gptq", "the mix by ggml", peer)):
+            out, _ = subject.made(
+                "target.gguf", target_size=mix.stat().st_size, method=method,
+                sensitivity=str(subject.work / f"{method}.json"),
+            )  # fmt: skip
+            assert out.stat().st_size <= mix.stat().st_size
+            what = f"target of {name}'s size, {method} / {beside}"
+            subject.row(what, f"target, {method}", subject.kl(out), kl)
+            out.unlink()
+
+
+def checkpoints(subject: Subject) -> None:
+    """Print a row for each peer, and each of them in the order of importance."""
+    with Checkpoint.open(subject.model) as checkpoint:
+        rows = subject.work / "rows.json"
+        rows.write_text(json.dumps([row.tolist() for row in rows_of(checkpoint, subject.options).rows]))
+
+    def kl(name: str, **options) -> float:
+        out = subject.work / name
+        if name.startswith("auto-gptq"):
+            config = out.with_suffix(".json")
+            config.write_text(json.dumps({"bits": 4, "group_size": 128} | options))
+            auto_gptq_peer.run("quantize", subject.model, out, rows, config)
+        else:
+            subject.made(name, format="gptq", bits=4, group_size=128, **options)
+        plain = subject.work / f"{name}-plain"
+        write_dequantized(out, subject.model, plain)
+        return subject.kl(plain)
+
+    nearest = kl("nearest")
+    for order, desc_act in (("", False), (", desc_act", True)):
+        ours = kl(f"ours{order}", method="gptq", desc_act=desc_act)
+        subject.row(f"4 bits, groups of 128{order}: gptq / nearest", "checkpoint", ours, nearest)
+        if why := auto_gptq_peer.missing():
+            print(f"not beside auto-gptq: {why}", flush=True)
+            continue
+        theirs = kl(f"auto-gptq{order}", desc_act=desc_act)
+        subject.row(f"4 bits, groups of 128{order}: gptq / auto-gptq", "auto-gptq", ours, theirs)
+
+
+def by_ggml(path: Path, subject: Subject) -> float:
+    """The divergence of the file `path` with ggml's bytes in place of ours, in all types that lose something."""
+    changed, plain, ggml = subject.work / "ggml.gguf", subject.work / "f32.gguf", Ggml()
+    shutil.copy(path, changed)
     if not plain.exists():
-        llmcompress.quantize(model, plain, type="F32")
-    with GGUFFile.open(plain) as source, GGUFFile.open(path) as target, open(path, "r+b") as file:
+        llmcompress.quantize(subject.model, plain, type="F32")
+    hessian = HessianFolder(subject.hessian)
+    with (
+        GGUFFile.open(plain) as source,
+        GGUFFile.open(changed) as target,
+        open(changed, "r+b") as file,
+    ):
         for name, tensor in target.tensors.items():
-            if tensor.type.name != type:
+            if tensor.type.name in FLOATS:
                 continue
             weights = source.read(name).view(np.float32)
-            importance = hessian.weights(name, 1, weights.shape[1])[0]
-            data = ggml.quantize(weights, grid.ggml_type, importance)
+            importance = hessian.weights(name, 1, weights.shape[1])
+            data = ggml.quantize(
+                weights, find_grid(tensor.type.name).ggml_type, None if importance is None else importance[0]
+            )
             assert data.nbytes == tensor.nbytes
             file.seek(tensor.offset)
             file.write(data.tobytes())
-
-
-def mean_kl(artefact: Path, model: Path, held_out: Path) -> float:
-    options = EvaluationOptions(data=(str(held_out),), tokens=HELD_OUT)
-    report = evaluate_model(str(artefact), str(model), options, Progress())
-    return report.as_dict()["figures"]["mean_kl"]["value"]
+    return subject.kl(changed)
 
 
 def plain_loop(weights: np.ndarray, grid: Grid, products: np.ndarray, block: int) -> torch.Tensor:
@@ -200,9 +289,13 @@ def error_of(weights: np.ndarray, rounded: np.ndarray, products: np.ndarray) -> 
 def arguments() -> argparse.Namespace:
     as_written = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_written)
-    parser.add_argument("--parts", nargs="+", choices=("kl", "time"), default=["kl", "time"])
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--models", nargs="+", type=Path, default=MODELS)
-    parser.add_argument("--types", nargs="+", default=TYPES, metavar="TYPE", help="for kl")
+    parser.add_argument(
+        "--third", type=Path, metavar="DIR", help="one more; trained into DIR if nothing is there"
+    )
+    parser.add_argument("--types", nargs="+", default=TYPES, metavar="TYPE", help="for grids")
+    parser.add_argument("--mixes", nargs="+", default=MIXES, metavar="TYPE", help="for target")
     parser.add_argument("--calibration", type=Path, default=CORPUS / "calibration.txt")
     parser.add_argument("--held-out", type=Path, default=CORPUS / "heldout.txt")
     parser.add_argument("--size", type=int, default=2048, help="rows and columns, for time")
@@ -214,12 +307,24 @@ def arguments() -> argparse.Namespace:
 def main() -> int:
     given = arguments()
     print(f"{machine()}\n")
-    if "kl" in given.parts:
-        print("| model | type | KL by ggml | KL nearest | KL gptq | gptq / ggml | bar | |")
-        print("|---|---|---:|---:|---:|---:|---:|---|", flush=True)
+    if given.third:
+        if not given.third.exists():
+            subprocess.run([sys.executable, ROOT / "tools" / "train_model.py", given.third], check=True)
+        given.models = [*given.models, given.third]
+    if set(given.parts) - {"time"}:
+        print(
+            "| model | what | KL | KL of the peer | ratio | bar | |\n|---|---|---:|---:|---:|---:|---|",
+            flush=True,
+        )
         for model in given.models:
             with tempfile.TemporaryDirectory(prefix="bench-gptq-") as work:
-                divergences(model, given.types, given.calibration, given.held_out, Path(work))
+                subject = Subject(model, given.calibration, given.held_out, Path(work))
+                if "grids" in given.parts:
+                    grids(subject, given.types)
+                if "target" in given.parts:
+                    targets(subject, given.mixes)
+                if "checkpoint" in given.parts:
+                    checkpoints(subject)
     if "time" in given.parts:
         if hasattr(os, "sched_setaffinity"):
             os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:1])
