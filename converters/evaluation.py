@@ -148,7 +148,7 @@ def evaluate_model(
         )
         base = stack.enter_context(LogitsReader(options.base)) if options.base else None
         tokenizer = read_tokenizer((model or held).directory)
-        windows = _windows_of_file(tokenizer, base, options) if base else _windows(tokenizer, options)
+        windows = _windows_of_file(tokenizer, base, options) if base else windows_of(tokenizer, options)
         beside = None if base else model
         found = _evaluate(held, beside, base, windows, options, progress)
         tasks = _tasks(harness, held, tokenizer, options)
@@ -176,7 +176,8 @@ def _evaluate(
         return evaluate(runner, reference, batches, windows.style, progress, save)
 
 
-def _windows(tokenizer: transformers.PreTrainedTokenizerBase, options: EvaluationOptions) -> Windows:
+def windows_of(tokenizer: transformers.PreTrainedTokenizerBase, options: EvaluationOptions) -> Windows:
+    """The text of the options, cut as they say. Raises LlmcompressError."""
     for source in options.data:
         if not math.isclose(sum(weighed_sources([source]).values()), 1):
             raise LlmcompressError(f"--data {source}: texts are evaluated whole; leave the weight out")

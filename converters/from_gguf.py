@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 
 import numpy as np
 from llmcompress.converters.inversion import Part, match
@@ -46,6 +47,10 @@ class DecodedGGUF:
         except BaseException:
             _close(files)
             raise
+
+    def replace(self, tensors: Mapping[str, GGUFFile]) -> None:
+        """Take these tensors, by their GGUF names, from other files of the same model; the caller closes those."""
+        self._holders |= tensors
 
     def read(self, name: str, first: int = 0, rows: int | None = None) -> np.ndarray:
         """Rows `first` to `first + rows` (to the end by default) of a tensor seen as a matrix: float32

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from llmcompress.converters.adapters import with_adapter
@@ -16,6 +17,7 @@ from llmcompress.checkpoint import Checkpoint
 from llmcompress.fallback import MeasuredFallback
 from llmcompress.filetypes import FLOATS, tensor_order
 from llmcompress.gguf.imatrix import read_imatrix
+from llmcompress.gguf.value import Metadata
 from llmcompress.hessians import HessianFolder
 from llmcompress.importance import Source
 from llmcompress.mix import ModelTraits
@@ -46,18 +48,28 @@ def plan_gguf(model: str | Path, out: str | Path, recipe: Recipe, progress: Prog
     by_name = {step.name: step for step in steps}
     steps = [by_name[name] for name in tensor_order(list(by_name))]
     general, card_notes = general_metadata(architecture.name, checkpoint, steps, recipe)
+    metadata = general | architecture.metadata(config) | vocabulary.metadata()
     return make_plan(
         checkpoint,
         steps,
         recipe,
         out,
         _traits(architecture, config, has_imatrix=bool(recipe.calibrate or recipe.hessian or recipe.imatrix)),
-        general | architecture.metadata(config) | vocabulary.metadata(),
+        metadata,
         importance_source(checkpoint, steps, recipe),
         [*checkpoint.notes, *notes, *vocabulary.notes, *more_notes, *card_notes],
         MeasuredFallback(checkpoint, recipe.effort) if recipe.fallback == "best" else None,
-        Target(checkpoint, recipe, progress) if recipe.has_target else None,
+        _target(checkpoint, recipe, metadata, progress) if recipe.has_target else None,
     )
+
+
+def _target(checkpoint: Checkpoint, recipe: Recipe, metadata: Metadata, progress: Progress) -> Target:
+    if not recipe.confirm:
+        return Target(checkpoint, recipe, progress)
+    from llmcompress.converters.confirmation import measured_divergence
+
+    measure = partial(measured_divergence, checkpoint, recipe, metadata, progress)
+    return Target(checkpoint, recipe, progress, measure)
 
 
 def measure_gguf(

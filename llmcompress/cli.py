@@ -143,6 +143,14 @@ SensitivityFile = Annotated[
         "--sensitivity", metavar="FILE", help="Errors measured before by `sensitivity`, for a target."
     ),
 ]
+Confirm = Annotated[
+    Optional[int],
+    typer.Option(
+        "--confirm",
+        metavar="N",
+        help="Swaps of types to try by measuring KL divergence on --data, for a target.",
+    ),
+]
 Effort = Annotated[
     Optional[str],
     typer.Option(
@@ -200,6 +208,7 @@ def job(
         output_tensor_type: OutputType = None, token_embedding_type: EmbeddingType = None, pure: Pure = False,
         leave_output_tensor: LeaveOutput = False, fallback: Fallback = None, adapter: Adapter = None, imatrix: Imatrix = None,
         target_size: TargetSize = None, target_bpw: TargetBpw = None, sensitivity: SensitivityFile = None,
+        confirm: Confirm = None,
         method: Method = None, hessian: Hessian = None, calibrate: Calibrate = False, data: model_commands.Data = None, tokens: Tokens = None, effort: Effort = None, pre: Pre = None, model_name: Name = None, split_max_size: Split = None,
         max_ram: MaxRam = None, threads: Threads = None, verify: Verify = None, recipe: RecipeFile = None,
         as_json: AsJson = False, dry_run: DryRun = False, format: Format = None, bits: Bits = None,
@@ -212,6 +221,7 @@ def job(
             "token_embedding_type": token_embedding_type, "pure": pure or None,
             "leave_output_tensor": leave_output_tensor or None, "fallback": fallback, "adapter": adapter, "imatrix": imatrix,
             "target_size": target_size, "target_bpw": target_bpw, "sensitivity": sensitivity,
+            "confirm": confirm,
             "method": method, "hessian": hessian, "calibrate": calibrate or None, "data": data, "tokens": tokens,
             "effort": effort, "pre": pre, "name": model_name, "split_max_size": split_max_size, "max_ram": max_ram,
             "threads": threads, "verify": verify, "format": format, "bits": bits, "group_size": group_size, "sym": sym,

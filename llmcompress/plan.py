@@ -44,6 +44,8 @@ Refine = Callable[[Step, TypeChoice, "np.ndarray | None"], TypeChoice]
 class Target(Protocol):
     """Decides all types at once: see target.py."""
 
+    notes: Sequence[str]  # there once it was called
+
     @property
     def file_type(self) -> FileType: ...
 
@@ -142,14 +144,23 @@ def make_plan(
             file_type, chosen = target(steps, chosen, importance, lay_out)
         _check_importance(file_type, steps, chosen, importance)
         outputs.append(lay_out(chosen))
-    headers = sum(len(file.header) for output in outputs for file in output.files)
-    workers, slab_weights, ram = fit_memory(steps, recipe, headers, BYTES_PER_SLAB_WEIGHT)
-    plan = Plan(
-        checkpoint.name, checkpoint, recipe, tuple(steps), tuple(outputs), importance,
-        (*notes, *more_notes), workers, slab_weights, ram,
-    )  # fmt: skip
+    notes = (*notes, *more_notes, *(target.notes if target else ()))
+    plan = plan_of(checkpoint, steps, outputs, recipe, importance, notes)
     _check_paths(plan)
     return replace(plan, notes=(*plan.notes, *_notes_on_methods(plan)))
+
+
+def plan_of(
+    checkpoint: Checkpoint, steps: Sequence[Step], outputs: Sequence[Output], recipe: Recipe, importance: Importance,
+    notes: Sequence[str] = (),
+) -> Plan:  # fmt: skip
+    """The plan of outputs that are laid out. Raises PlanError where memory does not suffice."""
+    headers = sum(len(file.header) for output in outputs for file in output.files)
+    workers, slab_weights, ram = fit_memory(steps, recipe, headers, BYTES_PER_SLAB_WEIGHT)
+    return Plan(
+        checkpoint.name, checkpoint, recipe, tuple(steps), tuple(outputs), importance, tuple(notes), workers,
+        slab_weights, ram,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ STORAGE = ("uint8", "bfloat16", "float16", "float32")
 GGUF_ONLY = {
     "types", "tensor_types", "output_tensor_type", "token_embedding_type", "pure", "leave_output_tensor", "fallback",
     "pre", "name", "verify", "target_size", "target_bpw", "sensitivity",
+    "confirm",
 }  # fmt: skip
 FORMATS_OF = {  # fields that only some formats know
     **dict.fromkeys(GGUF_ONLY, ("gguf",)),
@@ -52,6 +53,7 @@ class Recipe:
     target_size: int | None = None  # bytes of the file: types are chosen for the least error within them
     target_bpw: float | None = None  # or bits per weight of its tensors
     sensitivity: str | None = None  # a file of errors by `llmcompress sensitivity`, for a target
+    confirm: int = 0  # swaps of types that are tried by measuring, on `data`, for a target
     method: str = "nearest"  # what chooses the codes: rounding to nearest, or gptq
     hessian: str | None = None  # a folder of XᵀX by `calibrate --hessian`, for gptq
     calibrate: bool = False  # make the importance while quantizing, from `data`
@@ -128,11 +130,15 @@ class Recipe:
             )
 
     def _check_target(self) -> None:
+        if self.confirm < 0:
+            raise RecipeError(f"confirm: {self.confirm} is less than 0")
         if self.target_size and self.target_bpw:
             raise RecipeError("target_size and target_bpw: each gives the size; leave one out")
         if not self.has_target:
             if self.sensitivity:
                 raise RecipeError("sensitivity: is for a target; add --target-size or --target-bpw")
+            if self.confirm:
+                raise RecipeError("confirm: is for a target; add --target-size or --target-bpw")
             return
         if self.pure or self.types != Recipe.types:
             given = "pure" if self.pure else f"type {','.join(self.types)}"
@@ -205,7 +211,7 @@ def _field(key: str, value: Any, label: str) -> Any:
     elif key in ("pure", "leave_output_tensor", "calibrate", "sym", "desc_act", "double_quant"):
         if isinstance(value, bool):
             return value
-    elif key in ("threads", "bits", "group_size"):
+    elif key in ("threads", "bits", "group_size", "confirm"):
         if isinstance(value, int) and not isinstance(value, bool):
             return value
     elif isinstance(value, str):

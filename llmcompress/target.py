@@ -9,10 +9,12 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
 
 from llmcompress.allocate import Option, allocate
 from llmcompress.checkpoint import Checkpoint
+from llmcompress.confirm import Swap, confirmed
 from llmcompress.errors import PlanError, RecipeError
 from llmcompress.filetypes import FILE_TYPES, FileType, TypeChoice
 from llmcompress.gains import gains_of
@@ -30,15 +32,25 @@ from llmcompress.step import Step
 # Programs that run the model multiply these as one matrix, which has one type.
 FUSED = (("attn_q", "attn_k", "attn_v"), ("ffn_gate", "ffn_up"))
 ROUNDS = 8  # of the search, where shards change the size of the headers
+SLACK = 0.005  # of the budget, that a swap may leave empty
+Measure = Callable[
+    [Sequence[Step], Importance], AbstractContextManager[Callable[[Sequence[TypeChoice]], float]]
+]
 
 
 @dataclass(frozen=True)
 class Target:
-    """Chooses the types of all tensors that no rule or option decides."""
+    """Chooses the types of all tensors that no rule or option decides.
+
+    measure: gives the mean KL divergence, in nats, of a model whose tensors have the chosen types; needed where the
+    recipe has swaps confirmed. notes: what came of those.
+    """
 
     checkpoint: Checkpoint
     recipe: Recipe
     progress: Progress = Progress()
+    measure: Measure | None = None
+    notes: list[str] = field(default_factory=list)
 
     @property
     def label(self) -> str:
@@ -86,7 +98,19 @@ class Target:
                 output.size if self.recipe.target_size else sum(place.nbytes for place in output.placements)
             )
 
-        result = chosen(self._fitted(groups, budget, size))
+        numbers = self._fitted(groups, budget, size)
+        swaps: list[Swap] = []
+        if self.recipe.confirm and self.measure:
+            with self.measure(steps, importance) as divergence:
+                numbers, swaps = confirmed(
+                    [group.options for group in groups],
+                    numbers,
+                    _within(groups, numbers, budget, size),
+                    lambda changed: divergence(chosen(changed)),
+                    self.recipe.confirm,
+                )
+            self.notes.append(_told(swaps))
+        result = _with_swaps(chosen(numbers), steps, groups, swaps)
         return _result_type(self.file_type, steps, result), result
 
     def _fitted(
@@ -206,6 +230,46 @@ def _with_types(
         else choice
         for step, choice in zip(steps, choices)
     ]
+
+
+def _within(
+    groups: Sequence[_Group], numbers: Sequence[int], budget: int, size: Callable[[Sequence[int]], int]
+) -> Callable[[Sequence[int]], bool]:
+    """Whether other numbers fill the budget as well as these, or all but SLACK of it."""
+
+    def nbytes(
+        chosen: Sequence[int],
+    ) -> int:  # all but headers, for which there are too many swaps to lay out
+        return sum(group.options[number].nbytes for group, number in zip(groups, chosen))
+
+    now = size(numbers)
+    room, least = budget - now + nbytes(numbers), min(now, budget * (1 - SLACK))
+    return lambda chosen: nbytes(chosen) <= room and least <= size(chosen) <= budget
+
+
+def _with_swaps(
+    choices: Sequence[TypeChoice], steps: Sequence[Step], groups: Sequence[_Group], swaps: Sequence[Swap]
+) -> list[TypeChoice]:
+    """The choices with what was measured in the reasons of those that a swap changed."""
+    measured = {
+        step.name: f"; confirmed: KL {swap.before:.5f} to {swap.after:.5f}"
+        for swap in swaps
+        if swap.kept
+        for group in (swap.better, swap.worse)
+        for step in groups[group].tensors
+    }
+    return [
+        replace(choice, reason=choice.reason + measured.get(step.name, ""))
+        for step, choice in zip(steps, choices)
+    ]
+
+
+def _told(swaps: Sequence[Swap]) -> str:
+    if not swaps:
+        return "confirm: there is nothing to swap"
+    kept = [swap for swap in swaps if swap.kept]
+    end = kept[-1].after if kept else swaps[0].before
+    return f"confirm: {len(swaps)} swaps tried, {len(kept)} kept; measured KL {swaps[0].before:.5f} before, {end:.5f} after"
 
 
 def _result_type(file_type: FileType, steps: Sequence[Step], choices: Sequence[TypeChoice]) -> FileType:

@@ -46,7 +46,7 @@ LAYERS = [
     {"output"},
     {"plan"},
     {"allocate", "slab", "journal", "verify", "report", "run", "fallback", "checkpoint_output"},
-    {"sensitivity", "gains"},
+    {"sensitivity", "gains", "confirm"},
     {"target"},
     {"converters"},
     {"display", "stats_display"},

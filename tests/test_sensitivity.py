@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from llmcompress.converters.calibration import CalibrationOptions, calibrate_model
+from llmcompress.converters.evaluation import EvaluationOptions, evaluate_model
 from llmcompress.converters.to_gguf import measure_gguf, plan_gguf
 from typer.testing import CliRunner
 
@@ -22,6 +24,7 @@ from llmcompress.mix import IMATRIX_REQUIRED
 from llmcompress.plan import Plan
 from llmcompress.progress import Progress
 from llmcompress.recipe import Recipe, parse_recipe
+from llmcompress.run import run
 from llmcompress.sensitivity import CANDIDATES, Sensitivity
 from llmcompress.slab import read_slab
 from llmcompress.step import slabs_of
@@ -47,6 +50,14 @@ def hessian(sample: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def file(sample: Path, hessian: Path) -> Path:
     path = hessian.with_suffix(".json")
     measure_gguf(sample, Recipe(hessian=str(hessian)), TYPES).save(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def full(sample: Path, hessian: Path) -> Path:
+    """Of all types."""
+    path = hessian.with_name("full.json")
+    measure_gguf(sample, Recipe(hessian=str(hessian))).save(path)
     return path
 
 
@@ -144,6 +155,38 @@ def test_sizes_are_met_from_below_and_errors_fall(sample: Path, hessian: Path, f
     assert errors[-1] < 0.05 * errors[0]
 
 
+@pytest.mark.slow
+def test_sizes_are_met_within_half_a_percent(sample: Path, hessian: Path, full: Path) -> None:
+    for size in range(2_000_000, 6_000_000, 230_000):
+        assert 0.995 * size <= targeted(sample, full, hessian, target_size=size).outputs[0].size <= size
+
+
+@pytest.mark.slow
+def test_swaps_are_kept_where_the_measured_divergence_falls(
+    sample: Path, hessian: Path, full: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from llmcompress.converters import confirmation
+
+    monkeypatch.setattr(confirmation, "TOKENS", 1024)
+    options = {"target_size": 2_900_000, "hessian": str(hessian), "sensitivity": str(full), "data": ["prose"]}
+    before = planned(sample, tmp_path / "before.gguf", **options)
+    one, two = (planned(sample, tmp_path / "after.gguf", **options, confirm=5) for _ in range(2))
+    assert one.fingerprint() == two.fingerprint() and one.notes == two.notes
+    assert 0.995 * 2_900_000 <= one.outputs[0].size <= 2_900_000
+    (note,) = (note for note in one.notes if note.startswith("confirm: 5 swaps tried"))
+    kept, start, end = re.search(r"(\d) kept; measured KL ([\d.]+) before, ([\d.]+) after", note).groups()
+    changed = {name for name, kind in types_of(one).items() if kind != types_of(before)[name]}
+    reasons = {step.name: place.reason for step, place in zip(one.steps, one.outputs[0].placements)}
+    assert changed == {name for name, reason in reasons.items() if "; confirmed: KL 0.0" in reason}
+    assert int(kept) > 0 and changed and float(end) < float(start)
+    evaluated = EvaluationOptions(data=("prose",), tokens=1024, windows="llama.cpp")
+    for plan, told in ((before, start), (one, end)):
+        run(plan)
+        report = evaluate_model(str(plan.files[0].path), str(sample), evaluated, Progress())
+        found = report.evaluation.figures["mean_kl"].value
+        assert found == pytest.approx(float(told), abs=0.00002)  # of log-probabilities of 16 bits
+
+
 def test_bits_per_weight_are_those_of_the_plan(sample: Path, hessian: Path, file: Path) -> None:
     plan = targeted(sample, file, hessian, target_bpw=4.25)
     bits = 8 * sum(place.nbytes for place in plan.outputs[0].placements) / plan.weights
@@ -209,6 +252,8 @@ def test_a_whole_job_is_nearer_than_one_type(sample: Path, hessian: Path, file: 
     [
         ({"target_size": "4G", "target_bpw": 4}, "each gives the size"),
         ({"sensitivity": "x.json"}, "is for a target"),
+        ({"confirm": 2}, "is for a target"),
+        ({"confirm": -1, "target_bpw": 4}, "-1 is less than 0"),
         ({"target_bpw": 4, "types": "Q4_0"}, "chooses the type"),
         ({"target_bpw": 4, "pure": True}, "chooses the type"),
         ({"target_bpw": 4, "calibrate": True}, "calibrate first"),
