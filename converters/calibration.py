@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from llmcompress.converters.adapter_places import open_with
 from llmcompress.converters.families import weight_steps
 from llmcompress.converters.model import lockstep_of, read_tokenizer, require_fit
 
@@ -37,6 +38,7 @@ class CalibrationOptions:
     chunk: int = 512
     seed: int = 0
     windows: str = "packed"  # documents, or "llama.cpp": the text cut as llama-imatrix does
+    adapter: str | None = None  # a peft adapter on the model
     device: str = "auto"
     dtype: str = "auto"
     hidden_ram: int = DEFAULT_HIDDEN_BYTES  # bytes of waiting hidden states, more go to disk
@@ -77,7 +79,7 @@ def calibrate_model(
     """
     out = Path(out)
     statistics_suffix(out)
-    with Checkpoint.open(model) as checkpoint:
+    with open_with(model, options.adapter) as checkpoint:
         checkpoint.require_plain()
         steps = weight_steps(checkpoint)
         rows, lockstep = rows_and_model(checkpoint, options)

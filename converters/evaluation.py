@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import transformers
+from llmcompress.converters.adapter_places import open_with
 from llmcompress.converters.from_gguf import DecodedGGUF
 from llmcompress.converters.harness import Harness
 from llmcompress.converters.model import (
@@ -52,6 +53,7 @@ class EvaluationOptions:
     save_logits: str | None = None
     base: str | None = None  # a reference's logits in llama.cpp's file, in place of the reference
     tasks: tuple[str, ...] = ()
+    adapter: str | None = None  # of the reference, or where there is none, of the artefact
     tasks_path: str | None = None  # a folder of tasks, in place of lm-evaluation-harness's own
 
     def check(self) -> None:
@@ -142,9 +144,11 @@ def evaluate_model(
         )
     harness = Harness(options.tasks, options.tasks_path) if options.tasks else None
     with contextlib.ExitStack() as stack:
-        model = stack.enter_context(Checkpoint.open(reference)) if reference else None
+        model = stack.enter_context(open_with(reference, options.adapter)) if reference else None
         held = stack.enter_context(
-            DecodedGGUF.open(artefact, model) if is_gguf else Checkpoint.open(artefact)
+            DecodedGGUF.open(artefact, model)
+            if is_gguf
+            else open_with(artefact, None if reference else options.adapter)
         )
         base = stack.enter_context(LogitsReader(options.base)) if options.base else None
         tokenizer = read_tokenizer((model or held).directory)

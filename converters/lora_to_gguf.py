@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from llmcompress.converters.adapters import Places
+from llmcompress.converters.adapter_places import Places
 from llmcompress.converters.config import Config
 from llmcompress.converters.families import find_architecture, weight_steps
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from llmcompress.converters.adapters import with_adapter
+from llmcompress.converters.adapter_places import with_adapter
 
 from llmcompress import __version__
 from llmcompress.checkpoint import READABLE, Checkpoint

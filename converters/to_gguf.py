@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from llmcompress.converters.adapters import with_adapter
+from llmcompress.converters.adapter_places import with_adapter
 from llmcompress.converters.architecture import Architecture, steps_of
 from llmcompress.converters.config import Config
 from llmcompress.converters.families import find_architecture

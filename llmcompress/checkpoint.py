@@ -268,7 +268,7 @@ def _what_lies_there(directory: Path) -> str:
         return min((path.name for path in directory.glob(pattern)), default=None)
 
     if first("adapter_config.json"):
-        return "a LoRA adapter, not a model; merge it into its base model first (peft: merge_and_unload)"
+        return "a LoRA adapter, not a model; give its base model, and this with --adapter"
     if name := first("*.gguf"):
         return f"holds GGUF ({name}), which is llmcompress's output; give the original model's directory"
     if name := first("*-of-*.safetensors") or first("pytorch_model-*-of-*.bin"):

@@ -336,15 +336,17 @@ class MergedCheckpoint(Checkpoint):
         )
 
     def _resize(self) -> None:
-        """config.json counts the tokens that were added. Raises PlanError where the head did not get them."""
-        name = next((name for name in self._changes if name.endswith(EMBEDDINGS)), None)
-        rows = self.index[name or HEAD].rows if name or HEAD in self._changes else 0
-        if HEAD in self.index and name and self.index[HEAD].rows != rows:
+        """config.json counts the tokens that were added. Raises PlanError where only one of embedding and head got them."""
+        name = next((name for name in self.index if name.endswith(EMBEDDINGS)), None)
+        if name is None or not {name, HEAD} & self._changes.keys():
+            return
+        rows = self.index[name].rows
+        if HEAD in self.index and self.index[HEAD].rows != rows:
             raise PlanError(
                 f"{self.adapter.directory}: {name} has {rows} rows, {HEAD} {self.index[HEAD].rows}; save the adapter "
                 "with save_embedding_layers=True"
             )
-        if rows and rows != self.config.get("vocab_size", rows):
+        if rows != self.base.index[name].rows:
             self.config["vocab_size"] = rows
 
     def _directory(self) -> Path:

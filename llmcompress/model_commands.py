@@ -25,6 +25,9 @@ Data = Annotated[
 ]
 Chunk = Annotated[int, typer.Option("--chunk", metavar="N", min=2, help="Tokens in a row.")]
 Device = Annotated[str, typer.Option("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps or auto.")]
+Adapter = Annotated[
+    Optional[str], typer.Option("--adapter", metavar="DIR", help="A peft adapter on the model.")
+]
 HiddenRam = Annotated[
     str,
     typer.Option(
@@ -59,6 +62,7 @@ def calibrate(
         Optional[int],
         typer.Option("--batch-tokens", metavar="N", min=1, help="Tokens run at once.  [default: by the model's width]"),
     ] = None,
+    adapter: Adapter = None,
     save_every: Annotated[
         str, typer.Option("--save-every", metavar="N", help="Tokens between two saves, each a pass over the weights.")
     ] = "64k",
@@ -73,7 +77,7 @@ def calibrate(
     options = CalibrationOptions(
         data=tuple(data or ("default",)), tokens=parse_count(tokens, "--tokens"), chunk=chunk, seed=seed,
         windows=windows, device=device, dtype=dtype, hidden_ram=parse_size(hidden_ram, "--hidden-ram"),
-        batch_tokens=batch_tokens, save_every=parse_count(save_every, "--save-every"),
+        batch_tokens=batch_tokens, adapter=adapter, save_every=parse_count(save_every, "--save-every"),
     )  # fmt: skip
     path = out.replace("{name}", Checkpoint.open(model).name)
     progress = model_display.live_progress()
@@ -142,6 +146,7 @@ def evaluate(
         Optional[str],
         typer.Option("--tasks-path", metavar="DIR", help="Take them from YAML files there, not from its own."),
     ] = None,
+    adapter: Adapter = None,
     dtype: Annotated[str, typer.Option("--dtype", metavar="TYPE", help="f32, bf16 or f16.")] = "f32",
     device: Device = "auto",
     hidden_ram: HiddenRam = "1GiB",
@@ -155,7 +160,7 @@ def evaluate(
     options = EvaluationOptions(
         data=tuple(data or ("default",)), tokens=parse_count(tokens, "--tokens") if tokens else None, chunk=chunk,
         windows=windows, device=device, dtype=dtype, hidden_ram=parse_size(hidden_ram, "--hidden-ram"),
-        save_logits=save_logits, base=base, tasks=tuple(tasks.split(",")) if tasks else (), tasks_path=tasks_path,
+        save_logits=save_logits, base=base, adapter=adapter, tasks=tuple(tasks.split(",")) if tasks else (), tasks_path=tasks_path,
     )  # fmt: skip
     progress = model_display.live_progress()
     try:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,8 @@ import pytest
 import torch
 import transformers
 from llama_cpp import Model
+from llmcompress.converters.calibration import CalibrationOptions, calibrate_model
+from llmcompress.converters.evaluation import EvaluationOptions, evaluate_model
 from llmcompress.converters.merge import plan_merge, run_merge
 from peft_adapters import KINDS, draw, load, save_adapter, tuned_logits
 from safetensors.torch import load_file
@@ -186,3 +190,28 @@ def test_quantizing_with_an_adapter_is_merging_and_then_quantizing(
             assert one.tensors.keys() == other.tensors.keys()
             for tensor in one.tensors:
                 assert np.array_equal(one.read(tensor), other.read(tensor)), tensor
+
+
+@pytest.mark.slow
+def test_calibrating_and_evaluating_see_the_adapter(root: Path, tmp_path: Path) -> None:
+    """On the way, by itself, and of the merged model: the same bytes. And the result is what it is measured against."""
+    base = tmp_path / "f32"  # of float32 in all: what products are rounded to follows the checkpoint's type
+    shutil.copytree(root / "examples" / "sample-llama-6m", base)
+    load(base).save_pretrained(base)
+    adapter = str(save_adapter(base, tmp_path / "adapter", "rslora", spread=0.02))
+    merged = merge(base, Path(adapter), tmp_path / "merged", "F32")
+    live = {"calibrate": True, "tokens": 1024, "method": "gptq"}
+    first = llmcompress.quantize(merged, tmp_path / "first.gguf", **live).paths[0]
+    second = llmcompress.quantize(base, tmp_path / "second.gguf", adapter=adapter, **live).paths[0]
+    with GGUFFile.open(first) as one, GGUFFile.open(second) as other:
+        assert all(np.array_equal(one.read(name), other.read(name)) for name in one.tensors)
+    options = CalibrationOptions(tokens=1024)
+    of_merged = calibrate_model(merged, tmp_path / "one.gguf", options, Progress()).statistics.entries
+    of_both = calibrate_model(base, tmp_path / "two.gguf", replace(options, adapter=adapter), Progress())
+    for name, entry in of_both.statistics.entries.items():
+        assert np.array_equal(entry.squares, of_merged[name].squares), name
+    exact = llmcompress.quantize(base, tmp_path / "f32.gguf", type="F32", adapter=adapter).paths[0]
+    texts = EvaluationOptions(data=("dialogue",), tokens=1024, chunk=256, adapter=adapter)
+    apart = evaluate_model(str(exact), str(base), replace(texts, adapter=None), Progress()).evaluation.figures
+    found = evaluate_model(str(exact), str(base), texts, Progress()).evaluation.figures
+    assert abs(found["mean KL divergence"].value) < 1e-6 < 0.01 < apart["mean KL divergence"].value

@@ -30,6 +30,12 @@ from llmcompress.step import Piece
 from llmcompress.tensor_info import TensorInfo
 
 
+def open_with(model: str | Path, adapter: str | Path | None) -> Checkpoint:
+    """A checkpoint, with an adapter in it where one is given. Raises LlmcompressError."""
+    checkpoint = Checkpoint.open(model)
+    return with_adapter(checkpoint, adapter) if adapter else checkpoint
+
+
 def with_adapter(checkpoint: Checkpoint, adapter: str | Path) -> MergedCheckpoint:
     """The checkpoint with an adapter, a folder or a hub id, merged into it as it is read. Raises LlmcompressError."""
     opened = without_copies(Adapter.open(adapter), checkpoint)
