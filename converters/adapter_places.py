@@ -16,7 +16,7 @@ from llmcompress.converters.families import find_architecture, weight_steps
 
 from llmcompress.adapter import Adapter, LowRank
 from llmcompress.checkpoint import Checkpoint
-from llmcompress.errors import PlanError, shown
+from llmcompress.errors import PlanError, nearest, shown
 from llmcompress.merged import (
     MergedCheckpoint,
     Patch,
@@ -30,18 +30,40 @@ from llmcompress.step import Piece
 from llmcompress.tensor_info import TensorInfo
 
 
+ONTO = ("16bit", "nf4")
+
+
 def open_with(model: str | Path, adapter: str | Path | None) -> Checkpoint:
     """A checkpoint, with an adapter in it where one is given. Raises LlmcompressError."""
     checkpoint = Checkpoint.open(model)
     return with_adapter(checkpoint, adapter) if adapter else checkpoint
 
 
-def with_adapter(checkpoint: Checkpoint, adapter: str | Path) -> MergedCheckpoint:
-    """The checkpoint with an adapter, a folder or a hub id, merged into it as it is read. Raises LlmcompressError."""
-    opened = without_copies(Adapter.open(adapter), checkpoint)
-    return MergedCheckpoint(
-        checkpoint, opened, bind(opened, checkpoint.index, Places(opened, checkpoint).patches())
-    )
+def with_adapter(checkpoint: Checkpoint, adapter: str | Path, onto: str | None = None) -> MergedCheckpoint:
+    """The checkpoint with an adapter, a folder or a hub id, merged into it as it is read.
+
+    onto: "16bit", the weights as they are, or "nf4", rounded as QLoRA has them in training; by default what the adapter
+    says of itself. Raises LlmcompressError.
+    """
+    opened = Adapter.open(adapter)
+    base = _base(checkpoint, opened, onto)
+    opened = without_copies(opened, base)
+    return MergedCheckpoint(base, opened, bind(opened, base.index, Places(opened, base).patches()))
+
+
+def _base(checkpoint: Checkpoint, adapter: Adapter, onto: str | None) -> Checkpoint:
+    """What the adapter is merged into. A checkpoint that is quantized already is decoded, and taken as it is."""
+    if onto not in (None, *ONTO):
+        raise PlanError(f"--onto {onto}: none of {', '.join(ONTO)}{nearest(onto, ONTO)}")
+    if checkpoint.notes:
+        if onto == "16bit":
+            raise PlanError(f"--onto 16bit: {checkpoint.directory} is quantized; give the unquantized model")
+        return checkpoint
+    if (onto or ("nf4" if adapter.trained_in_nf4 else "16bit")) == "16bit":
+        return checkpoint
+    from llmcompress.converters.onto_nf4 import RoundedCheckpoint
+
+    return RoundedCheckpoint(checkpoint)
 
 
 class Places:

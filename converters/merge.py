@@ -66,7 +66,12 @@ class MergePlan:
 
 
 def plan_merge(
-    model: str | Path, adapter: str | Path, out: str | Path, recipe: Recipe, dtype: str = "auto"
+    model: str | Path,
+    adapter: str | Path,
+    out: str | Path,
+    recipe: Recipe,
+    dtype: str = "auto",
+    onto: str | None = None,
 ) -> MergePlan:
     """What merging will do, from headers alone. `out` is a folder's name, in which {name} stands for the model's; of
     `recipe`, how the job is run. Raises LlmcompressError for all that can be refused before a weight is read."""
@@ -75,7 +80,7 @@ def plan_merge(
         raise PlanError(f"--dtype {dtype}: none of auto, {', '.join(TYPES)}{nearest(dtype, TYPES)}")
     base = Checkpoint.open(model)
     base.require_plain()
-    checkpoint = with_adapter(base, adapter)
+    checkpoint = with_adapter(base, adapter, onto)
     folder = filled_path(out, checkpoint.name, "merged")
     require_free_place(folder)
     types = {name: _type(checkpoint, name, wanted) for name in checkpoint.index}
@@ -121,7 +126,7 @@ def _entries(plan: MergePlan) -> Iterator[Entry]:
 
 def _type(checkpoint: MergedCheckpoint, name: str, wanted: str) -> str:
     """The dtype asked for; by default the base's own, and that of the embedding for a head it did not have."""
-    own = checkpoint.base.index[checkpoint.source_name(name)].dtype
+    own = checkpoint.original.index[checkpoint.source_name(name)].dtype
     return own if wanted == "AUTO" or own not in READABLE else wanted
 
 

@@ -191,7 +191,7 @@ class FourBit(BitsAndBytes):
                 continue
             (scratch,) = self.scratch(linear)
             scales = np.frombuffer(files.read(Place(scratch.name, 0, scratch.nbytes)), "<f4")
-            mean = _mean(scales)
+            mean = mean_scale(scales)
             codes, nested = double_quantize(scales, mean)
             yield f"{name}.absmax", codes
             yield f"{name}.nested_absmax", nested
@@ -297,7 +297,7 @@ def _scales_of(linear: Linear) -> str:
     return f"{linear.step.name} scales"
 
 
-def _mean(scales: np.ndarray) -> np.float32:
+def mean_scale(scales: np.ndarray) -> np.float32:
     """As torch adds it up, on this machine: bitsandbytes' offset to the last bit."""
     import torch
 

@@ -96,7 +96,7 @@ def open_checkpoint(model: str | Path, recipe: Recipe) -> Checkpoint:
         checkpoint = HeldCheckpoint.open(model)
     else:
         checkpoint = Checkpoint.open(model)
-    return with_adapter(checkpoint, recipe.adapter) if recipe.adapter else checkpoint
+    return with_adapter(checkpoint, recipe.adapter, recipe.onto) if recipe.adapter else checkpoint
 
 
 def importance_source(checkpoint: Checkpoint, steps: list[Step], recipe: Recipe) -> Source | None:

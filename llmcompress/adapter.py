@@ -129,6 +129,14 @@ class Adapter:
         return found if isinstance(found, str) and found else None
 
     @property
+    def trained_in_nf4(self) -> bool:
+        """Whether `llmcompress finetune` trained it, as it is, on weights that it had rounded to NF4."""
+        file = self.directory / "finetune.json"
+        report = read_object(file) if file.is_file() else {}
+        options = report.get("options")
+        return report.get("load") == "4bit" and isinstance(options, dict) and options.get("init") == "default"
+
+    @property
     def kind(self) -> str:
         """LoRA, rsLoRA, DoRA or AdaLoRA."""
         if self.config["peft_type"] == "ADALORA":

@@ -18,6 +18,14 @@ def merge(
     model: Annotated[str, typer.Argument(help="The base model: a directory, or a hub id.")],
     adapter: Adapter,
     out: Annotated[str, typer.Option("-o", "--output", metavar="DIR", help="The folder to make.")] = "{name}-merged",
+    onto: Annotated[
+        Optional[str],
+        typer.Option(
+            "--onto", metavar="BASE",
+            help="Merge into the weights as they are, 16bit, or rounded to nf4 as QLoRA trains on them.  "
+            "[default: as finetune trained it, else 16bit]",
+        ),
+    ] = None,
     dtype: Annotated[
         str, typer.Option("--dtype", metavar="TYPE", help="auto: the base's own; F32, F16 or BF16.")
     ] = "auto",
@@ -42,7 +50,7 @@ def merge(
     )
     progress = display.live_progress()
     try:
-        result = run_merge(plan_merge(model, adapter, out, recipe, dtype), progress)
+        result = run_merge(plan_merge(model, adapter, out, recipe, dtype, onto), progress)
     finally:
         progress.close()
     if as_json:

@@ -27,7 +27,16 @@ app = typer.Typer(
     help="Hugging Face language models to GGUF: quantized in one pass with bounded memory, calibrated, evaluated.",
 )
 
-OF_CHECKPOINTS = {"format", "bits", "group_size", "sym", "desc_act", "double_quant", "storage", "keep"}  # options of quantize alone
+OF_CHECKPOINTS = {
+    "format",
+    "bits",
+    "group_size",
+    "sym",
+    "desc_act",
+    "double_quant",
+    "storage",
+    "keep",
+}  # options of quantize alone
 OUT = "{name}-{type}.gguf"
 CONVERT_TYPES = ("auto", "F32", "F16", "BF16", "Q8_0")
 
@@ -83,6 +92,14 @@ Adapter = Annotated[
     Optional[str],
     typer.Option("--adapter", metavar="DIR", help="A peft adapter to merge into the weights on the way."),
 ]
+Onto = Annotated[
+    Optional[str],
+    typer.Option(
+        "--onto",
+        metavar="BASE",
+        help="Merge it into the weights as they are, 16bit, or rounded to nf4.  [default: as it was trained]",
+    ),
+]
 Calibrate = Annotated[
     bool, typer.Option("--calibrate", help="Make the importance matrix on the way, from --data.")
 ]
@@ -99,7 +116,11 @@ Hessian = Annotated[
 ]
 Format = Annotated[
     Optional[str],
-    typer.Option("--format", metavar="FORMAT", help="gguf, or a checkpoint folder: gptq, nf4, fp4, int8.  [default: gguf]"),
+    typer.Option(
+        "--format",
+        metavar="FORMAT",
+        help="gguf, or a checkpoint folder: gptq, nf4, fp4, int8.  [default: gguf]",
+    ),
 ]
 Bits = Annotated[
     Optional[int],
@@ -206,7 +227,7 @@ def job(
     def command(
         model: Model, out: Out = OUT, type: Types = None, tensor_type: TensorTypes = None,
         output_tensor_type: OutputType = None, token_embedding_type: EmbeddingType = None, pure: Pure = False,
-        leave_output_tensor: LeaveOutput = False, fallback: Fallback = None, adapter: Adapter = None, imatrix: Imatrix = None,
+        leave_output_tensor: LeaveOutput = False, fallback: Fallback = None, adapter: Adapter = None, onto: Onto = None, imatrix: Imatrix = None,
         target_size: TargetSize = None, target_bpw: TargetBpw = None, sensitivity: SensitivityFile = None,
         confirm: Confirm = None,
         method: Method = None, hessian: Hessian = None, calibrate: Calibrate = False, data: model_commands.Data = None, tokens: Tokens = None, effort: Effort = None, pre: Pre = None, model_name: Name = None, split_max_size: Split = None,
@@ -219,7 +240,7 @@ def job(
             "types": [part for given in type for part in given.split(",")] if type else None,
             "tensor_types": _pairs(tensor_type) if tensor_type else None, "output_tensor_type": output_tensor_type,
             "token_embedding_type": token_embedding_type, "pure": pure or None,
-            "leave_output_tensor": leave_output_tensor or None, "fallback": fallback, "adapter": adapter, "imatrix": imatrix,
+            "leave_output_tensor": leave_output_tensor or None, "fallback": fallback, "adapter": adapter, "onto": onto, "imatrix": imatrix,
             "target_size": target_size, "target_bpw": target_bpw, "sensitivity": sensitivity,
             "confirm": confirm,
             "method": method, "hessian": hessian, "calibrate": calibrate or None, "data": data, "tokens": tokens,
@@ -294,7 +315,11 @@ def _print(data: dict[str, Any]) -> None:
     typer.echo(json.dumps(data, indent=1, default=str))
 
 
-job("quantize", "Make quantized GGUF files, or a checkpoint in GPTQ's or bitsandbytes' formats, of a model.", types=("Q4_K_M",))
+job(
+    "quantize",
+    "Make quantized GGUF files, or a checkpoint in GPTQ's or bitsandbytes' formats, of a model.",
+    types=("Q4_K_M",),
+)
 job("convert", "Make an unquantized (or Q8_0) GGUF file of a model.", types=("auto",), allowed=CONVERT_TYPES)
 job(
     "plan",

@@ -23,6 +23,7 @@ from llmcompress.errors import PlanError, nearest, shown
 from llmcompress.grids.compiled import compiled
 from llmcompress.grids.floats import to_float32
 from llmcompress.tensor_info import TensorInfo
+from llmcompress.wrapped import WrappedCheckpoint
 
 HEAD = "lm_head.weight"
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight")
@@ -164,19 +165,17 @@ def _misfit(adapter: Adapter, name: str, shape: Sequence[int], was: TensorInfo) 
     )
 
 
-class MergedCheckpoint(Checkpoint):
+class MergedCheckpoint(WrappedCheckpoint):
     """`base` with `changes` made to it. Reading is safe from any number of threads."""
 
     def __init__(self, base: Checkpoint, adapter: Adapter, changes: Mapping[str, Change]) -> None:
-        self.base, self.adapter = base, adapter
-        self.repository, self.revision, self.name = base.repository, base.revision, base.name
+        super().__init__(base)
+        self.adapter = adapter
         self.files = (*base.files, *adapter.weights.files)
         self._changes = dict(changes)
         self._sources: dict[str, str] = {}  # tensors that are read from another one of the base
         self._lengths: dict[str, np.ndarray] = {}
         self._measuring = threading.Lock()
-        self.config = dict(base.config)
-        self.index = dict(base.index)
         for name, change in changes.items():
             if name not in base.index:  # a head of its own, where the base had the embedding's
                 self._sources[name] = embedding_name(adapter, base.index)
@@ -188,6 +187,7 @@ class MergedCheckpoint(Checkpoint):
             )  # fmt: skip
         self._untie()
         self._resize()
+        self.rewritten = self._changes.keys() | self._sources.keys()
         self._folder: tempfile.TemporaryDirectory | None = None
         self.directory = self._directory()
 
@@ -206,23 +206,11 @@ class MergedCheckpoint(Checkpoint):
             scale, tensor = change.bias
             out += np.float32(scale) * finite(self.adapter.weights.read(tensor.name), tensor)
 
-    def read_bytes(self, name: str, position: int, size: int) -> bytes:
-        if name not in self._changes and name not in self._sources:
-            return self.base.read_bytes(name, position, size)
-        tensor = self.index[name]
-        width = tensor.nbytes // tensor.rows
-        first, end = position // width, -(-(position + size) // width)
-        return self.read(name, first, end - first).tobytes()[position - first * width :][:size]
-
     def fingerprint(self) -> str:
         parts = (self.base.fingerprint(), self.adapter.weights.fingerprint())
         return hashlib.sha256(" ".join(parts).encode()).hexdigest()
 
-    def require_plain(self) -> None:
-        self.base.require_plain()
-
     def let_go(self, names: set[str]) -> None:
-        """Pass on what a calibration has done with, to a base that keeps tensors for it."""
         self.base.let_go({self.source_name(name) for name in names})
 
     def close(self) -> None:

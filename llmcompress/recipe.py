@@ -49,6 +49,7 @@ class Recipe:
     leave_output_tensor: bool = False
     fallback: str = "llama.cpp"  # types for rows that do not divide: its own, or "best" by measure
     adapter: str | None = None  # a peft adapter that is merged into the weights on the way
+    onto: str | None = None  # 16bit or nf4: the weights it is merged into; by default what it was trained on
     imatrix: str | None = None
     target_size: int | None = None  # bytes of the file: types are chosen for the least error within them
     target_bpw: float | None = None  # or bits per weight of its tensors
@@ -97,6 +98,8 @@ class Recipe:
             raise RecipeError(
                 "method: gptq needs to see inputs: add --calibrate, or --hessian with a calibrated folder"
             )
+        if self.onto and not self.adapter:
+            raise RecipeError("onto: is for an adapter; add --adapter")
         given = [name for name in ("imatrix", "hessian", "calibrate") if getattr(self, name)]
         if len(given) > 1:
             raise RecipeError(f"{given[0]} and {given[1]}: each gives the importance; leave one out")

@@ -156,7 +156,9 @@ def test_a_value_that_is_not_finite_is_an_error_with_its_tensor(
     with with_adapter(Checkpoint.open(tiny("llama")), adapter) as merged:
         merged.read("model.layers.0.mlp.up_proj.weight")
         merged.read("model.layers.1.mlp.up_proj.weight", 0, 300)
-        with pytest.raises(CheckpointError, match=f"'{name}' holds a NaN or infinity; train the adapter again"):
+        with pytest.raises(
+            CheckpointError, match=f"'{name}' holds a NaN or infinity; train the adapter again"
+        ):
             merged.read("model.layers.1.mlp.up_proj.weight", 290, 20)
 
 
@@ -167,7 +169,9 @@ def single_experts(folder: Path, ranks: int = 4) -> Path:
     for layer in range(2):
         for expert in range(4):
             for module, outputs, inputs in (("w1", 512, 256), ("w3", 512, 256), ("w2", 256, 512)):
-                name = f"base_model.model.model.layers.{layer}.block_sparse_moe.experts.{expert}.{module}.lora_"
+                name = (
+                    f"base_model.model.model.layers.{layer}.block_sparse_moe.experts.{expert}.{module}.lora_"
+                )
                 state[f"{name}A.weight"] = 0.1 * torch.randn(ranks, inputs)
                 state[f"{name}B.weight"] = 0.1 * torch.randn(outputs, ranks)
     return written(folder, {"task_type": "CAUSAL_LM", "target_modules": ["w1", "w2", "w3"]}, state)
@@ -190,7 +194,9 @@ def test_single_and_stacked_experts_are_the_same_experts(
                 continue
             for expert in range(4):
                 start = f"model.layers.{layer}.block_sparse_moe.experts.{expert}"
-                assert np.allclose(merged.read(f"{start}.w3.weight"), fused[expert, 512:], rtol=1e-5, atol=1e-5)
+                assert np.allclose(
+                    merged.read(f"{start}.w3.weight"), fused[expert, 512:], rtol=1e-5, atol=1e-5
+                )
                 assert np.allclose(merged.read(f"{start}.w2.weight"), down[expert], rtol=1e-5, atol=1e-5)
 
 

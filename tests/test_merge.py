@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes
 import numpy as np
 import peft
 import pytest
@@ -23,13 +24,16 @@ from safetensors.torch import load_file
 from test_architectures import assert_same_logits, ids_of
 
 import llmcompress
+from llmcompress.errors import PlanError
 from llmcompress.gguf.reader import GGUFFile
 from llmcompress.progress import Progress
 from llmcompress.recipe import Recipe
 
 
-def merge(base: Path, adapter: Path, out: Path, dtype: str = "auto", **options: Any) -> Path:
-    run_merge(plan_merge(base, adapter, out, Recipe(**options), dtype))
+def merge(
+    base: Path, adapter: Path, out: Path, dtype: str = "auto", onto: str | None = None, **options: Any
+) -> Path:
+    run_merge(plan_merge(base, adapter, out, Recipe(**options), dtype, onto))
     return out
 
 
@@ -215,3 +219,57 @@ def test_calibrating_and_evaluating_see_the_adapter(root: Path, tmp_path: Path) 
     apart = evaluate_model(str(exact), str(base), replace(texts, adapter=None), Progress()).evaluation.figures
     found = evaluate_model(str(exact), str(base), texts, Progress()).evaluation.figures
     assert abs(found["mean KL divergence"].value) < 1e-6 < 0.01 < apart["mean KL divergence"].value
+
+
+def four_bits(base: Path) -> transformers.PreTrainedModel:
+    """The model as QLoRA loads it, by bitsandbytes."""
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        base, dtype=torch.float32, device_map={"": "cpu"},
+        quantization_config=transformers.BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+        ),
+    )  # fmt: skip
+
+
+def in_four_bits(base: Path, adapter: Path) -> dict[str, torch.Tensor]:
+    """bitsandbytes' decoded weights, and peft's delta on those it adapts."""
+    tuned = peft.PeftModel.from_pretrained(four_bits(base), adapter).base_model.model
+    state = {}
+    for name, module in tuned.named_modules():
+        layer = getattr(module, "base_layer", module)
+        if isinstance(layer, bitsandbytes.nn.Linear4bit) and not name.endswith("base_layer"):
+            weight = bitsandbytes.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+            state[f"{name}.weight"] = (
+                weight + module.get_delta_weight("default") if layer is not module else weight
+            )
+    return state
+
+
+def test_an_adapter_trained_in_four_bits_is_merged_onto_them(
+    tiny: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """By what finetune wrote, by --onto, and onto a checkpoint that holds NF4; never onto both."""
+    base = tiny("qwen3")
+    adapter = save_adapter(base, tmp_path / "adapter", target_modules=["q_proj", "down_proj"])
+    wanted = in_four_bits(base, adapter)
+    assert len(wanted) == 14
+    plain = merge(base, adapter, tmp_path / "plain")
+    found = merge(base, adapter, tmp_path / "onto", onto="nf4")
+    (adapter / "finetune.json").write_text(json.dumps({"load": "4bit", "options": {"init": "default"}}))
+    own = merge(base, adapter, tmp_path / "own")
+    coded = llmcompress.quantize(base, tmp_path / "nf4", format="nf4", double_quant=True).paths[0].parent
+    decoded = merge(coded, adapter, tmp_path / "decoded")
+    for folder in (found, own, decoded):
+        state = load_file(folder / "model.safetensors")
+        for name, values in wanted.items():
+            torch.testing.assert_close(state[name], values, rtol=1e-6, atol=1e-6, msg=name)
+    assert "quantization_config" not in json.loads((decoded / "config.json").read_text())
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert torch.equal(
+        load_file(plain / "model.safetensors")[name], load_file(base / "model.safetensors")[name]
+    )
+    with pytest.raises(PlanError, match="is quantized; give the unquantized model"):
+        merge(coded, adapter, tmp_path / "other", onto="16bit")
+    with pytest.raises(PlanError, match="which experts a model has in 4 bits"):
+        experts = save_adapter(tiny("qwen3moe"), tmp_path / "experts", target_modules=["q_proj"])
+        merge(tiny("qwen3moe"), experts, tmp_path / "other", onto="nf4")

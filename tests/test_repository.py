@@ -29,7 +29,7 @@ LAYERS = [
     {"stats", "stats_table", "divergence", "logits_file"},
     {"grids"},
     {"sources"},
-    {"hub", "safetensors_header", "safetensors_files", "torch_pickle", "torch_zip", "checkpoint"},
+    {"hub", "safetensors_header", "safetensors_files", "torch_pickle", "torch_zip", "checkpoint", "wrapped"},
     {"text_sources", "token_stream", "token_rows", "compute", "answers"},
     {"tuning_options", "tuning_data", "frozen_model"},
     {"row_packing", "adapter_method", "adapter_start", "training", "training_curve"},
