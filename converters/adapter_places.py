@@ -29,7 +29,6 @@ from llmcompress.merged import (
 from llmcompress.step import Piece
 from llmcompress.tensor_info import TensorInfo
 
-
 ONTO = ("16bit", "nf4")
 
 

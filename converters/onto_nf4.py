@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import threading
-from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
