@@ -85,7 +85,8 @@ class Checkpoint:
         if out.shape[1] != tensor.columns or not 0 <= first <= tensor.rows - out.shape[0]:
             raise ValueError(f"{name}: rows from {first} into {out.shape}, it is {tensor.shape}")
         if isinstance(tensor, DecodedTensor):
-            self._read_decoded(tensor, first, out)
+            if out.size:
+                self._read_decoded(tensor, first, out)
         else:
             self._fill(tensor, first * tensor.columns * out.itemsize, out)
 
@@ -185,11 +186,16 @@ class Checkpoint:
                 part = out[top : top + height]
                 decode_into(tensor, self.read_stored, first + top, part)
             return
-        outputs, height = tensor.columns, max(1, tensor.at_once // tensor.rows)
-        for top in range(0, outputs, height):
-            part = np.empty((min(height, outputs - top), tensor.rows), out.dtype)
-            decode_into(tensor, self.read_stored, top, part)
-            out[:, top : top + len(part)] = part[:, first : first + len(out)].T
+        inputs, outputs = tensor.shape[-2:]
+        height, done = max(1, tensor.at_once // inputs), 0
+        while done < len(out):
+            matrix, row = divmod(first + done, inputs)
+            rows = min(inputs - row, len(out) - done)
+            for top in range(0, outputs, height):
+                part = np.empty((min(height, outputs - top), inputs), out.dtype)
+                decode_into(tensor, self.read_stored, matrix * outputs + top, part)
+                out[done : done + rows, top : top + len(part)] = part[:, row : row + rows].T
+            done += rows
 
     def _fill(self, tensor: TensorInfo, position: int, out: np.ndarray, step: int = 0) -> None:
         """Fill contiguous `out` with a tensor's bytes from `position` on; with `step`, each row from that many bytes

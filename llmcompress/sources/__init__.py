@@ -20,6 +20,14 @@ from llmcompress.tensor_info import TensorInfo
 FORMATS = {  # quant_method to the module that reads it
     "gptq": "gptq",
     "bitsandbytes": "bitsandbytes",
+    "compressed-tensors": "compressed_tensors",
+    "fp8": "fp8",
+    "fbgemm_fp8": "fp8",
+    "mxfp4": "mxfp4",
+    "awq": "awq",
+    "modelopt": "nvfp4",
+    "hqq": "hqq",
+    "torchao": "torchao",
 }
 # Where writers put the settings that config.json lacks, and what quant_method they go without saying.
 BESIDE = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
@@ -47,7 +55,7 @@ def decoded(
 ) -> dict[str, TensorInfo]:
     """The tensors of the plain model, those that are decoded as DecodedTensor. Raises CheckpointError for a weight
     with a part that is missing or does not fit the others."""
-    stored = Stored(index, read, settings)
+    stored = Stored(index, read, settings, config)
     module = importlib.import_module(f"llmcompress.sources.{FORMATS[str(settings['quant_method'])]}")
     found = {tensor.name: _in_place(tensor, config) for tensor in module.weights(stored)}
     return {name: tensor for name, tensor in stored.left.items() if name not in found} | found

@@ -22,10 +22,9 @@ import numpy as np
 
 from llmcompress.errors import shown
 from llmcompress.sources.codes import scaled, scaled_pairs, signed
-from llmcompress.sources.stored import RAW, DecodedTensor, Read, Stored, as_bytes, wrong
+from llmcompress.sources.stored import DTYPES, RAW, DecodedTensor, Read, Stored, as_bytes, wrong
 from llmcompress.tensor_info import TensorInfo, is_shape
 
-DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 STATE = ".quant_state.bitsandbytes__"
 KINDS = ("nf4", "fp4")
 ONE_127TH = np.float32(7.874015718698502e-3)  # as bitsandbytes has it

@@ -160,6 +160,11 @@ def _scale_pairs(data, table, first_shift, second_shift, scales, zeros, group, v
                 target[2 * i + 1] = (table[run[i] >> second_shift & 15] - zero) * scale
 
 
+def rounded(values: np.ndarray, dtype: str) -> np.ndarray:
+    """float32 as a dtype holds them."""
+    return values if dtype == "F32" else _ROUNDED[dtype].dequantize(_ROUNDED[dtype].quantize(values))
+
+
 def decode_into(tensor: DecodedTensor, read: Read, first: int, out: np.ndarray) -> None:
     """Fill `out`, `(rows, inputs)` of the tensor's dtype, with the rows that decode from `first` on. Raises
     CheckpointError for values that are not finite or too large for the dtype."""

@@ -19,6 +19,7 @@ RAW = {
     "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "I32": "<i4", "I8": "i1", "U8": "u1", "BOOL": "u1",
     "I16": "<i2", "F8_E4M3": "u1", "F8_E5M2": "u1", "F8_E8M0": "u1", "F8_E4M3FNUZ": "u1", "F64": "<f8",
 }  # fmt: skip
+DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}  # by their names in torch
 SMALL = 2**16  # bytes of a stored tensor that are read before any weight is: shapes, settings
 
 
@@ -63,9 +64,12 @@ class DecodedTensor(TensorInfo):
 class Stored:
     """The tensors of a checkpoint's files as a format looks at them; `left` are those that it has not taken yet."""
 
-    def __init__(self, tensors: Mapping[str, TensorInfo], read: Read, settings: Mapping[str, Any]) -> None:
+    def __init__(
+        self, tensors: Mapping[str, TensorInfo], read: Read, settings: Mapping[str, Any], config: Mapping[str, Any]
+    ) -> None:
         self.left = dict(tensors)
         self.settings = settings  # quantization_config
+        self.dtype = _dtype_of(config)  # what the model computes in
         self._all, self._read = tensors, read
 
     def ending(self, suffix: str) -> Iterator[tuple[str, TensorInfo]]:
@@ -126,6 +130,14 @@ class Stored:
         return DecodedTensor(
             name, shape, dtype, there[0].file, there[0].offset, size, there, form, decode, strided=strided
         )
+
+
+def _dtype_of(config: Mapping[str, Any]) -> str:
+    """The dtype that config.json names; BF16 where it does not."""
+    for part in (config, config.get("text_config")):
+        if isinstance(part, Mapping) and (name := part.get("dtype") or part.get("torch_dtype")):
+            return DTYPES.get(str(name).removeprefix("torch."), "BF16")
+    return "BF16"
 
 
 def wrong(tensor: TensorInfo, what: str) -> CheckpointError:
