@@ -331,7 +331,9 @@ def test_fp8_blocks_that_rows_do_not_fill(tmp_path: Path) -> None:
     """DeepSeek's kv_a_proj has 576 rows; transformers cannot dequantize it, DeepSeek's own kernel can."""
     weight, scales = eight_bit_floats((576, 200)), torch.rand(5, 2) * 0.01
     tensors = {"l.weight": weight, "l.weight_scale_inv": scales}
-    folder = saved(tmp_path, tensors, {"quant_method": "fp8", "weight_block_size": [128, 128]}, torch_dtype="bfloat16")
+    folder = saved(
+        tmp_path, tensors, {"quant_method": "fp8", "weight_block_size": [128, 128]}, torch_dtype="bfloat16"
+    )
     spread = scales.repeat_interleave(128, 0)[:576].repeat_interleave(128, 1)[:, :200]
     check(folder, "l.weight", (weight.float() * spread).bfloat16(), "FP8 E4M3, blocks of 128 x 128")
 
@@ -342,12 +344,16 @@ def test_fp8_scales_that_are_powers_of_two_and_fp4_pairs(scales: torch.dtype, tm
     weight = torch.randint(-128, 128, (64, 64), dtype=torch.int8)
     tensors = {"l.weight": weight, "l.weight_scale_inv": exponents}
     folder = saved(tmp_path, tensors, {"quant_method": "fp8"})
-    check(folder, "l.weight", by_transformers(weight, exponents, torch.bfloat16), "FP4 E2M1, blocks of 1 x 32")
+    check(
+        folder, "l.weight", by_transformers(weight, exponents, torch.bfloat16), "FP4 E2M1, blocks of 1 x 32"
+    )
 
 
 def test_a_scale_that_no_blocks_make_is_refused(tmp_path: Path) -> None:
     tensors = {"l.weight": eight_bit_floats((100, 64)), "l.weight_scale_inv": torch.rand(7, 2)}
-    with pytest.raises(CheckpointError, match=r"shape \[7, 2\], which no blocks of a weight of \[100, 64\] make"):
+    with pytest.raises(
+        CheckpointError, match=r"shape \[7, 2\], which no blocks of a weight of \[100, 64\] make"
+    ):
         Checkpoint.open(saved(tmp_path, tensors, {"quant_method": "fp8", "weight_block_size": [0, 128]}))
 
 
@@ -391,7 +397,9 @@ def by_compressed_tensors(state: dict[str, torch.Tensor], format: str, **weights
     return BaseCompressor.get_value_from_registry(format).decompress(state, scheme)["weight"]
 
 
-def check_compressed(tmp_path: Path, state: dict[str, torch.Tensor], format: str, form: str, **weights: Any) -> None:
+def check_compressed(
+    tmp_path: Path, state: dict[str, torch.Tensor], format: str, form: str, **weights: Any
+) -> None:
     expected = by_compressed_tensors(state, format, **weights)
     settings = {"quant_method": "compressed-tensors", "format": format,
                 "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}}}  # fmt: skip
@@ -403,7 +411,9 @@ def check_compressed(tmp_path: Path, state: dict[str, torch.Tensor], format: str
 @pytest.mark.parametrize("strategy, groups", [("group", 6), ("channel", 1)])
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_packed_integers_are_what_compressed_tensors_makes(bits, strategy, groups, symmetric, dtype, tmp_path) -> None:
+def test_packed_integers_are_what_compressed_tensors_makes(
+    bits, strategy, groups, symmetric, dtype, tmp_path
+) -> None:
     pytest.importorskip("compressed_tensors")
     from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 
@@ -419,7 +429,9 @@ def test_packed_integers_are_what_compressed_tensors_makes(bits, strategy, group
         state["weight_zero_point"] = pack_to_int32(zeros, bits, packed_dim=0).contiguous()
     options = {"num_bits": bits, "type": "int", "strategy": strategy, "symmetric": symmetric}
     options |= {"group_size": 192 // groups} if strategy == "group" else {}
-    check_compressed(tmp_path, state, "pack-quantized", f"compressed-tensors {bits}-bit, group {192 // groups}", **options)
+    check_compressed(
+        tmp_path, state, "pack-quantized", f"compressed-tensors {bits}-bit, group {192 // groups}", **options
+    )
 
 
 def test_packed_integers_whose_groups_are_no_runs(tmp_path: Path) -> None:
@@ -439,7 +451,10 @@ def test_packed_integers_whose_groups_are_no_runs(tmp_path: Path) -> None:
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("strategy, grid", [("channel", (96, 1)), ("tensor", (1,)), ("group", (96, 4))])
 def test_int8_is_what_compressed_tensors_makes(symmetric, strategy, grid, tmp_path: Path) -> None:
-    state = {"weight": torch.randint(-128, 128, (96, 128), dtype=torch.int8), "weight_scale": torch.rand(grid).bfloat16()}
+    state = {
+        "weight": torch.randint(-128, 128, (96, 128), dtype=torch.int8),
+        "weight_scale": torch.rand(grid).bfloat16(),
+    }
     if not symmetric:
         state["weight_zero_point"] = torch.randint(-128, 128, grid, dtype=torch.int8)
     options = {"num_bits": 8, "type": "int", "strategy": strategy, "symmetric": symmetric}
@@ -447,9 +462,7 @@ def test_int8_is_what_compressed_tensors_makes(symmetric, strategy, grid, tmp_pa
     check_compressed(tmp_path, state, "int-quantized", "compressed-tensors INT8", **options)
 
 
-@pytest.mark.parametrize(
-    "strategy, grid", [("channel", (96, 1)), ("tensor", (1,)), ("block", (3, 2))]
-)
+@pytest.mark.parametrize("strategy, grid", [("channel", (96, 1)), ("tensor", (1,)), ("block", (3, 2))])
 def test_fp8_is_what_compressed_tensors_makes(strategy, grid, tmp_path: Path) -> None:
     state = {"weight": eight_bit_floats((96, 128)), "weight_scale": (torch.rand(grid) * 1e-2).bfloat16()}
     options = {"num_bits": 8, "type": "float", "strategy": strategy, "symmetric": True}
@@ -459,11 +472,25 @@ def test_fp8_is_what_compressed_tensors_makes(strategy, grid, tmp_path: Path) ->
 
 def test_fp4_is_what_compressed_tensors_makes(tmp_path: Path) -> None:
     packed = torch.randint(0, 256, (48, 64), dtype=torch.uint8)
-    state = {"weight_packed": packed, "weight_scale": eight_bit_floats((48, 8)), "weight_global_scale": torch.tensor([311.0])}
+    state = {
+        "weight_packed": packed,
+        "weight_scale": eight_bit_floats((48, 8)),
+        "weight_global_scale": torch.tensor([311.0]),
+    }
     options = {"num_bits": 4, "type": "float", "symmetric": True}
-    check_compressed(tmp_path / "nv", state, "nvfp4-pack-quantized", "NVFP4", strategy="tensor_group", group_size=16, **options)
+    check_compressed(
+        tmp_path / "nv",
+        state,
+        "nvfp4-pack-quantized",
+        "NVFP4",
+        strategy="tensor_group",
+        group_size=16,
+        **options,
+    )
     state = {"weight_packed": packed, "weight_scale": torch.randint(100, 140, (48, 4), dtype=torch.uint8)}
-    check_compressed(tmp_path / "mx", state, "mxfp4-pack-quantized", "MXFP4", strategy="group", group_size=32, **options)
+    check_compressed(
+        tmp_path / "mx", state, "mxfp4-pack-quantized", "MXFP4", strategy="group", group_size=32, **options
+    )
 
 
 def test_several_formats_in_one_checkpoint(tmp_path: Path) -> None:
@@ -477,7 +504,11 @@ def test_several_formats_in_one_checkpoint(tmp_path: Path) -> None:
             f"{name}.weight_scale": torch.rand(32, 2).bfloat16(),
             f"{name}.weight_shape": torch.tensor([32, 64]),
         }
-    tensors |= {"c.weight": eight_bit_floats((32, 64)), "c.weight_scale": torch.rand(32, 1), "c.k_scale": torch.ones(1)}
+    tensors |= {
+        "c.weight": eight_bit_floats((32, 64)),
+        "c.weight_scale": torch.rand(32, 1),
+        "c.k_scale": torch.ones(1),
+    }
     with Checkpoint.open(saved(tmp_path, tensors, {"quant_method": "compressed-tensors"})) as checkpoint:
         assert checkpoint.index.keys() == {"head.weight", "a.weight", "b.weight", "c.weight"}
         assert checkpoint.notes == [
@@ -495,7 +526,9 @@ def test_awq_by_hand(group: int, tmp_path: Path) -> None:
 
     def words(codes: torch.Tensor) -> torch.Tensor:
         eights = codes.reshape(len(codes), -1, 8)[:, :, order].numpy().astype(np.uint32)
-        return torch.from_numpy((eights << np.arange(0, 32, 4, dtype=np.uint32)).sum(-1, dtype=np.uint32).view(np.int32))
+        return torch.from_numpy(
+            (eights << np.arange(0, 32, 4, dtype=np.uint32)).sum(-1, dtype=np.uint32).view(np.int32)
+        )
 
     codes, zeros = torch.randint(0, 16, (128, 72)), torch.randint(0, 16, (128 // group, 72))
     scales = (torch.rand(128 // group, 72) * 0.01).half()
@@ -552,7 +585,9 @@ def test_torchao_is_what_torchao_dequantizes(config: str, form: str, dtype, tmp_
     quantization.quantize_(model, eval(config, names))
     tensors, metadata = flatten_tensor_state_dict(model.state_dict())
     folder = saved(tmp_path, {}, {"quant_method": "torchao"})
-    save_file({name: value.contiguous() for name, value in tensors.items()}, folder / "model.safetensors", metadata)
+    save_file(
+        {name: value.contiguous() for name, value in tensors.items()}, folder / "model.safetensors", metadata
+    )
     check(folder, "l.weight", model["l"].weight.dequantize().detach(), form)
 
 
@@ -564,7 +599,11 @@ def test_torchao_int4_by_hand(tmp_path: Path) -> None:
         "l._weight_qdata": ((codes[:, ::2] & 15) | (codes[:, 1::2] & 15) << 4).to(torch.uint8).view(torch.int8),
         "l._weight_scale": scales, "l._weight_zero_point": zeros,
     }  # fmt: skip
-    said = {"_type": "Int4Tensor", "_data": {"block_size": [1, 32], "shape": [96, 128]}, "_tensor_data_names": []}
+    said = {
+        "_type": "Int4Tensor",
+        "_data": {"block_size": [1, 32], "shape": [96, 128]},
+        "_tensor_data_names": [],
+    }
     folder = saved(tmp_path, {}, {"quant_method": "torchao"})
     metadata = {"l.weight": json.dumps(said), "tensor_names": '["l.weight"]'}
     save_file(tensors, folder / "model.safetensors", metadata)
@@ -585,7 +624,10 @@ def examples() -> dict[str, tuple[dict[str, torch.Tensor], dict[str, Any]]]:
     words, scales = torch.zeros(8, 32, dtype=torch.int32), torch.rand(2, 32).half()
     state = {"quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16", "shape": [32, 64]}
     state |= {"nested_blocksize": 256, "nested_dtype": "float32", "nested_offset": 0.1}
-    bytes_of = {name: torch.tensor(value, dtype=torch.int32) for name, value in (("nbits", 4), ("axis", 1), ("group_size", 32))}
+    bytes_of = {
+        name: torch.tensor(value, dtype=torch.int32)
+        for name, value in (("nbits", 4), ("axis", 1), ("group_size", 32))
+    }
     return {
         "gptq": ({"qweight": words, "qzeros": torch.zeros(2, 4, dtype=torch.int32), "scales": scales,
                   "g_idx": torch.arange(64, dtype=torch.int32) // 32}, {"bits": 4}),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import tracemalloc
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from llmcompress.errors import CheckpointError
 from llmcompress.inspect import inspect
 from llmcompress.progress import Progress
 from llmcompress.recipe import Recipe
+from llmcompress.sources import FORMATS
 from llmcompress.sources.stored import DecodedTensor
 
 PROJ = "model.layers.0.self_attn.q_proj"
@@ -229,3 +231,9 @@ def test_an_nf4_base_of_qlora_runs_in_llama_cpp(double: bool, tiny, tmp_path: Pa
         found = model.logits(tokens)
     assert np.abs(found - expected).max() < 1e-3 * np.ptp(expected)
     llmcompress.quantize(folder, tmp_path / "small.gguf", type="Q4_K_M")
+
+
+def test_the_readme_lists_every_format(root: Path) -> None:
+    table = (root / "README.md").read_text().split("## Quantized sources")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| (`.*?) \|", table, re.M)[1:]
+    assert set(re.findall(r"`([\w-]+)`", "".join(rows))) == set(FORMATS)

@@ -39,7 +39,9 @@ def _weight(stored: Stored, module: str, qweight: TensorInfo) -> DecodedTensor:
     stored.need(qweight.name, "I32")
     scales = stored.need(f"{module}.scales", FLOATS)
     if len(qweight.shape) != 2 or len(scales.shape) != 2 or not scales.shape[0]:
-        raise wrong(qweight, f"has shape {list(qweight.shape)} beside scales of {list(scales.shape)}, not matrices")
+        raise wrong(
+            qweight, f"has shape {list(qweight.shape)} beside scales of {list(scales.shape)}, not matrices"
+        )
     inputs, outputs, groups = qweight.shape[0], qweight.shape[1] * WORD, scales.shape[0]
     stored.need(scales.name, FLOATS, (groups, outputs))
     qzeros = stored.need(f"{module}.qzeros", "I32", (groups, qweight.shape[1]))
@@ -56,7 +58,9 @@ def _weight(stored: Stored, module: str, qweight: TensorInfo) -> DecodedTensor:
         )
 
     form, parts = f"AWQ {BITS}-bit, group {group}", (qweight, qzeros, scales)
-    return stored.weight(f"{module}.weight", (outputs, inputs), scales.dtype, parts, form, decode, strided=True)
+    return stored.weight(
+        f"{module}.weight", (outputs, inputs), scales.dtype, parts, form, decode, strided=True
+    )
 
 
 def _codes(read: Read, tensor: TensorInfo, first: int, rows: int) -> np.ndarray:

@@ -43,7 +43,9 @@ def bytes_of(codes: TensorInfo) -> tuple[np.ndarray, float]:
     return (CODE, 128.0) if codes.dtype == "I8" else (EIGHT_BITS[codes.dtype], 0.0)
 
 
-def scale_rows(tensor: TensorInfo, height: int, values: Callable[[np.ndarray], np.ndarray] | None = None) -> Rows:
+def scale_rows(
+    tensor: TensorInfo, height: int, values: Callable[[np.ndarray], np.ndarray] | None = None
+) -> Rows:
     """Rows of a matrix of scales, each for `height` rows of the weight; `values` makes numbers of what is stored."""
     values = values or (lambda raw: floats(raw, tensor.dtype))
 
@@ -69,7 +71,9 @@ def matrix(tensor: TensorInfo, rows: int, columns: int) -> TensorInfo:
     return TensorInfo(tensor.name, (rows, columns), tensor.dtype, tensor.file, tensor.offset, tensor.nbytes)
 
 
-def block_of(scales: TensorInfo, shape: tuple[int, ...], known: tuple[int, int] | None = None) -> tuple[int, int]:
+def block_of(
+    scales: TensorInfo, shape: tuple[int, ...], known: tuple[int, int] | None = None
+) -> tuple[int, int]:
     """The rows and columns that share a scale: `known` where that gives as many scales as there are, else what
     divides. Raises CheckpointError where nothing does. Of stacked matrices, a block lies in one."""
     rows, columns = shape[-2:] if len(shape) > 1 else (0, 0)
@@ -87,7 +91,9 @@ def block_of(scales: TensorInfo, shape: tuple[int, ...], known: tuple[int, int] 
         if fits and (matrices == 1 or rows % height == 0):
             return height, width
     if not down or not across or down * across * matrices != count or rows % down or columns % across:
-        raise wrong(scales, f"has shape {list(scales.shape)}, which no blocks of a weight of {list(shape)} make")
+        raise wrong(
+            scales, f"has shape {list(scales.shape)}, which no blocks of a weight of {list(shape)} make"
+        )
     return rows // down, columns // across
 
 

@@ -63,7 +63,12 @@ def _integers(stored: Stored, name: str, packed: TensorInfo) -> DecodedTensor:
     said = stored.need(f"{name}_shape", ("I64", "I32"))
     shape = tuple(stored.small(said).tolist())
     scales = stored.need(f"{name}_scale", FLOATS)
-    if not is_shape(shape) or len(shape) != len(packed.shape) or not all(shape) or shape[:-1] != packed.shape[:-1]:
+    if (
+        not is_shape(shape)
+        or len(shape) != len(packed.shape)
+        or not all(shape)
+        or shape[:-1] != packed.shape[:-1]
+    ):
         raise wrong(packed, f"has shape {list(packed.shape)} for a weight of {list(shape)}")
     rows, inputs = len_of(shape), shape[-1]
     possible = [bits for bits in range(1, 9) if -(-inputs * bits // 32) == packed.columns]
@@ -79,7 +84,9 @@ def _integers(stored: Stored, name: str, packed: TensorInfo) -> DecodedTensor:
             raise wrong(zeros, "belongs to stacked matrices or to more than a row, whose zeros are not known")
         stored.need(zeros.name, "I32", (-(-rows * bits // 32), inputs // group))
     index = stored.get(f"{name}_g_idx") and stored.need(f"{name}_g_idx", "I32", (inputs,))
-    layout = _Integers(packed, matrix(packed, rows, packed.columns), grid, height, zeros, index, bits, inputs, group)
+    layout = _Integers(
+        packed, matrix(packed, rows, packed.columns), grid, height, zeros, index, bits, inputs, group
+    )
     form = f"compressed-tensors {bits}-bit, group {group}"
     parts = (packed, said, scales, zeros, index)
     return stored.weight(name, shape, scales.dtype, parts, form, layout.decode)
@@ -120,16 +127,23 @@ class _Integers:
         if (groups == -1).all():  # made, and not used
             return self.group
         if groups.min() < 0 or groups.max() >= self.scales.shape[1]:
-            raise wrong(self.index, f"has groups from {groups.min()} to {groups.max()}, there are {self.scales.shape[1]}")
+            raise wrong(
+                self.index,
+                f"has groups from {groups.min()} to {groups.max()}, there are {self.scales.shape[1]}",
+            )
         return groups
 
 
 def _mxfp4(stored: Stored, name: str, packed: TensorInfo) -> DecodedTensor:
-    scales = stored.need(f"{name}_scale", ("U8", "F8_E8M0"), (*packed.shape[:-1], packed.columns * 2 // MX_GROUP))
+    scales = stored.need(
+        f"{name}_scale", ("U8", "F8_E8M0"), (*packed.shape[:-1], packed.columns * 2 // MX_GROUP)
+    )
     rows, columns = len_of(packed.shape), packed.columns * 2
     of_rows = scale_rows(matrix(scales, rows, scales.columns), 1, powers)
     layout = Blocked(matrix(packed, rows, packed.columns), 4, columns, MX_GROUP, of_rows, E2M1)
-    return stored.weight(name, (*packed.shape[:-1], columns), "BF16", (packed, scales), "MXFP4", layout.decode)
+    return stored.weight(
+        name, (*packed.shape[:-1], columns), "BF16", (packed, scales), "MXFP4", layout.decode
+    )
 
 
 def _whole_bytes(stored: Stored, name: str, codes: TensorInfo, scales: TensorInfo) -> DecodedTensor:
@@ -151,7 +165,9 @@ def _whole_bytes(stored: Stored, name: str, codes: TensorInfo, scales: TensorInf
     layout = Blocked(matrix(codes, rows, columns), 8, columns, width, of_rows, table, zeros)
     kind = "INT8" if codes.dtype == "I8" else codes.dtype.replace("F8_", "FP8 ")
     dtype = "BF16" if exponents else scales.dtype
-    return stored.weight(name, codes.shape, dtype, (codes, scales, point), f"compressed-tensors {kind}", layout.decode)
+    return stored.weight(
+        name, codes.shape, dtype, (codes, scales, point), f"compressed-tensors {kind}", layout.decode
+    )
 
 
 def _known_block(stored: Stored) -> tuple[int, int] | None:
@@ -160,6 +176,10 @@ def _known_block(stored: Stored) -> tuple[int, int] | None:
     for group in groups.values() if isinstance(groups, dict) else ():
         scheme = group.get("weights") if isinstance(group, dict) else None
         block = scheme.get("block_structure") if isinstance(scheme, dict) else None
-        if isinstance(block, list) and len(block) == 2 and all(type(size) is int and size > 0 for size in block):
+        if (
+            isinstance(block, list)
+            and len(block) == 2
+            and all(type(size) is int and size > 0 for size in block)
+        ):
             return block[0], block[1]
     return None

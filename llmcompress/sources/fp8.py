@@ -26,7 +26,9 @@ def weights(stored: Stored) -> Iterator[DecodedTensor]:
     """Every weight that has a scale. Raises CheckpointError."""
     drop_activations(stored)
     block = stored.settings.get("weight_block_size")
-    pair = isinstance(block, list) and len(block) == 2 and all(type(size) is int and size > 0 for size in block)
+    pair = (
+        isinstance(block, list) and len(block) == 2 and all(type(size) is int and size > 0 for size in block)
+    )
     known = tuple(block) if pair else None
     for suffix in SUFFIXES:
         for name, scales in stored.ending(suffix):
@@ -43,7 +45,12 @@ def drop_activations(stored: Stored) -> None:
 
 
 def scaled_weight(
-    stored: Stored, name: str, codes: TensorInfo, scales: TensorInfo, known: tuple[int, int] | None, dtype: str
+    stored: Stored,
+    name: str,
+    codes: TensorInfo,
+    scales: TensorInfo,
+    known: tuple[int, int] | None,
+    dtype: str,
 ) -> DecodedTensor:
     """A weight of small floats under scales of its blocks, whatever their size."""
     stored.need(scales.name, (*FLOATS, "F8_E8M0", "U8"))

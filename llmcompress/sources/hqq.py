@@ -47,7 +47,10 @@ def _weight(stored: Stored, module: str, codes: TensorInfo) -> DecodedTensor:
     bits, axis = number("nbits"), number("axis")
     shape = tuple(stored.small(stored.need(f"{module}.shape", ("I64", "I32"))).tolist())
     if bits not in FIELDS or axis not in (0, 1) or len(shape) != 2 or not is_shape(shape) or not all(shape):
-        raise wrong(codes, f"has {bits} bits, axis {axis}, shape {list(shape)}; known are {list(FIELDS)} bits of matrices")
+        raise wrong(
+            codes,
+            f"has {bits} bits, axis {axis}, shape {list(shape)}; known are {list(FIELDS)} bits of matrices",
+        )
     for flag in ("view_as_float", "quant_scale", "quant_zero"):
         if stored.get(f"{module}.{flag}") and number(flag):
             raise wrong(codes, f"is stored with {flag}, which is not known")
@@ -67,7 +70,9 @@ def _weight(stored: Stored, module: str, codes: TensorInfo) -> DecodedTensor:
     )  # fmt: skip
     settings = [stored.get(f"{module}.{name}") for name in SETTINGS]
     form = f"HQQ {bits}-bit, group {group}" + ("" if axis else ", axis 0")
-    return stored.weight(f"{module}.weight", shape, dtype, (codes, scales, zeros, *settings), form, layout.decode)
+    return stored.weight(
+        f"{module}.weight", shape, dtype, (codes, scales, zeros, *settings), form, layout.decode
+    )
 
 
 def _compute_dtype(stored: Stored, module: str) -> str | None:
@@ -97,8 +102,14 @@ class _Layout:
         start, end = first * self.inputs, (first + rows) * self.inputs
         top, bottom = start // self.columns, -(-end // self.columns)
         if self.by_rows or bottom - top > 1:
-            values = [self._run(read, row, count, slice(0, self.columns)) for row, count in self._runs(top, bottom)]
-            return np.concatenate(values).reshape(-1)[start - top * self.columns :][: end - start].reshape(rows, -1)
+            values = [
+                self._run(read, row, count, slice(0, self.columns)) for row, count in self._runs(top, bottom)
+            ]
+            return (
+                np.concatenate(values)
+                .reshape(-1)[start - top * self.columns :][: end - start]
+                .reshape(rows, -1)
+            )
         columns = slice(start - top * self.columns, end - top * self.columns)
         return self._run(read, top, 1, columns).reshape(rows, self.inputs)
 
@@ -114,9 +125,13 @@ class _Layout:
         place, row = divmod(top, self.step)
         shift = (FIELDS[self.bits] - 1 - place) * self.bits
         stored = read(self.codes, row, count, columns)
-        codes = (stored.view(np.uint32 if self.bits == 3 else np.uint8) >> shift & ((1 << self.bits) - 1)).astype(np.uint8)
+        codes = (
+            stored.view(np.uint32 if self.bits == 3 else np.uint8) >> shift & ((1 << self.bits) - 1)
+        ).astype(np.uint8)
         at, number = (top, count) if self.by_rows else (columns.start, columns.stop - columns.start)
-        scales, zeros = (floats(read(tensor, at, number), tensor.dtype) for tensor in (self.scales, self.zeros))
+        scales, zeros = (
+            floats(read(tensor, at, number), tensor.dtype) for tensor in (self.scales, self.zeros)
+        )
         if not self.by_rows:
             scales, zeros = scales.T, zeros.T
         ones = np.ones((count, 1), np.float32)

@@ -24,7 +24,9 @@ def weights(stored: Stored) -> Iterator[DecodedTensor]:
     for name, blocks in stored.ending("_blocks"):
         stored.need(blocks.name, "U8")
         if len(blocks.shape) != 4 or blocks.columns != GROUP // 2:
-            raise wrong(blocks, f"has shape {list(blocks.shape)}, not (experts, outputs, groups, {GROUP // 2})")
+            raise wrong(
+                blocks, f"has shape {list(blocks.shape)}, not (experts, outputs, groups, {GROUP // 2})"
+            )
         experts, outputs, groups, half = blocks.shape
         scales = stored.need(f"{name}_scales", "U8", (experts, outputs, groups))
         rows, columns = experts * outputs, groups * GROUP

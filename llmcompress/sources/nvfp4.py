@@ -34,7 +34,13 @@ def weights(stored: Stored) -> Iterator[DecodedTensor]:
 
 
 def four_bits(
-    stored: Stored, name: str, codes: TensorInfo, scales: TensorInfo, outer: TensorInfo, combine: np.ufunc, dtype: str
+    stored: Stored,
+    name: str,
+    codes: TensorInfo,
+    scales: TensorInfo,
+    outer: TensorInfo,
+    combine: np.ufunc,
+    dtype: str,
 ) -> DecodedTensor:
     """E2M1 under scales that `combine`, multiply or divide, puts together with one for all."""
     stored.need(outer.name, "F32")
@@ -44,7 +50,9 @@ def four_bits(
     layout = Blocked(
         matrix(codes, rows, codes.columns), 4, columns, GROUP, _combined(of_rows, outer, combine), E2M1
     )
-    return stored.weight(name, (*codes.shape[:-1], columns), dtype, (codes, scales, outer), "NVFP4", layout.decode)
+    return stored.weight(
+        name, (*codes.shape[:-1], columns), dtype, (codes, scales, outer), "NVFP4", layout.decode
+    )
 
 
 def _combined(scales: Rows, outer: TensorInfo, combine: np.ufunc) -> Rows:

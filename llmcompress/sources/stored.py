@@ -65,7 +65,11 @@ class Stored:
     """The tensors of a checkpoint's files as a format looks at them; `left` are those that it has not taken yet."""
 
     def __init__(
-        self, tensors: Mapping[str, TensorInfo], read: Read, settings: Mapping[str, Any], config: Mapping[str, Any]
+        self,
+        tensors: Mapping[str, TensorInfo],
+        read: Read,
+        settings: Mapping[str, Any],
+        config: Mapping[str, Any],
     ) -> None:
         self.left = dict(tensors)
         self.settings = settings  # quantization_config

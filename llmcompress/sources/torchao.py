@@ -63,7 +63,11 @@ def _eight_bits(
     stored.need(qdata.name, "I8")
     block = data.get("block_size")
     rows, columns = len_of(qdata.shape), qdata.columns
-    if not isinstance(block, list) or len(block) != len(qdata.shape) or not all(type(b) is int and b > 0 for b in block):
+    if (
+        not isinstance(block, list)
+        or len(block) != len(qdata.shape)
+        or not all(type(b) is int and b > 0 for b in block)
+    ):
         raise wrong(qdata, f"has blocks of {shown(block)}")
     height, width = (min(block[-2], rows) if len(block) > 1 else 1), min(block[-1], columns)
     if len(qdata.shape) > 2 or rows % height or columns % width:
@@ -79,7 +83,9 @@ def _eight_bits(
     target = data.get("target_dtype")
     kind = str(target.get("_data")).upper() if isinstance(target, dict) else "INT8"
     parts = (qdata, scales, point)
-    return stored.weight(name, qdata.shape, _dtype(data, scales), parts, f"torchao {kind}, group {width}", layout.decode)
+    return stored.weight(
+        name, qdata.shape, _dtype(data, scales), parts, f"torchao {kind}, group {width}", layout.decode
+    )
 
 
 def _four_bits(
@@ -87,7 +93,9 @@ def _four_bits(
 ) -> DecodedTensor:
     stored.need(qdata.name, ("I8", "U8"))
     if len(qdata.shape) != 2 or len(scales.shape) != 2 or not scales.shape[0]:
-        raise wrong(qdata, f"has shape {list(qdata.shape)} beside scales of {list(scales.shape)}, not matrices")
+        raise wrong(
+            qdata, f"has shape {list(qdata.shape)} beside scales of {list(scales.shape)}, not matrices"
+        )
     outputs, inputs, groups = qdata.shape[0], qdata.columns * 2, scales.shape[0]
     group = inputs // groups
     if not group or group * groups != inputs or group % 2:
