@@ -25,3 +25,21 @@ def test_the_line_comes_once_and_only_where_something_is_compiled(tmp_path: Path
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         assert done.stderr.count(LINE) == expected, done.stderr
+
+
+@pytest.mark.slow
+def test_processes_share_the_kernels(tmp_path: Path) -> None:
+    """The second of two is compiled elsewhere where there are two cores, and read from the disk."""
+    program = """
+import llmcompress.grids.compiling as compiling
+from llmcompress.grids import GRIDS
+compiling.cores = lambda: 2
+uses = [(GRIDS[name], False) for name in ("Q8_0", "MXFP4")]
+compiling.prepare_kernels(uses, "normal", print)
+print(*(sum(grid.kernel_dequantize.stats.cache_hits.values()) for grid, _ in uses))
+"""
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert done.stdout.splitlines() == ["compiling kernels for this CPU, once: Q8_0 MXFP4", "0 1"], (
+        done.stderr
+    )

@@ -62,9 +62,11 @@ def searched_grid(
     for effort in EFFORTS if candidates else ("normal",):
         few = candidates if effort == "best" else plain_candidates or candidates
         searches = [(search_at(effort, tops),) if tops else () for tops in (candidates, few)]
-        kernel = compile_quantizer(block, block_bytes, weigh, weigh_plain, encode, *searches)
+        kernel = compile_quantizer(
+            f"{name}_{effort}", block, block_bytes, weigh, weigh_plain, encode, *searches
+        )
         quantizers[effort] = by_importance(plain, kernel) if plain and effort != "best" else kernel
-    dequantize = compile_dequantizer(block, block_bytes, decode)
+    dequantize = compile_dequantizer(name, block, block_bytes, decode)
     return Grid(name, ggml_type, block, block_bytes, quantizers["normal"], dequantize, quantizers)
 
 
@@ -79,6 +81,7 @@ def by_importance(without: Quantizer, given: Quantizer) -> Quantizer:
 
 
 def compile_quantizer(
+    name: str,
     block: int,
     block_bytes: int,
     weigh: Callable,
@@ -96,7 +99,7 @@ def compile_quantizer(
     """
     sources = SOURCES
 
-    @compiled(error_model="numpy")
+    @compiled(f"quantize_{name}", error_model="numpy")
     def quantize(weights, importance, out):
         sources  # noqa: B018
         columns, blocks = weights.shape[1], weights.size // block
@@ -125,14 +128,14 @@ def compile_quantizer(
     return quantize
 
 
-def compile_plain_quantizer(block_bytes: int, encode: Callable) -> Quantizer:
+def compile_plain_quantizer(name: str, block_bytes: int, encode: Callable) -> Quantizer:
     """The quantize kernel of a format without a search: `encode(weights, number, data)`.
 
     It writes block `number` of flat float32 `weights` as `block_bytes` bytes of uint8 `data`.
     """
     sources = SOURCES
 
-    @compiled(error_model="numpy")
+    @compiled(f"quantize_{name}", error_model="numpy")
     def quantize(weights, importance, out):
         sources  # noqa: B018
         flat, blocks = weights.reshape(-1), out.reshape(-1, block_bytes)
@@ -142,11 +145,11 @@ def compile_plain_quantizer(block_bytes: int, encode: Callable) -> Quantizer:
     return quantize
 
 
-def compile_dequantizer(block: int, block_bytes: int, decode: Callable) -> Callable:
+def compile_dequantizer(name: str, block: int, block_bytes: int, decode: Callable) -> Callable:
     """The dequantize kernel of a format: `decode(data, values)` for uint8 and float32 of one block."""
     sources = SOURCES
 
-    @compiled(error_model="numpy")
+    @compiled(f"dequantize_{name}", error_model="numpy")
     def dequantize(data, out):
         sources  # noqa: B018
         blocks, values = data.reshape(-1, block_bytes), out.reshape(-1, block)

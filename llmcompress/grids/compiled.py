@@ -8,13 +8,16 @@ from typing import Any
 from numba import njit
 
 
-def compiled(**options: Any) -> Callable[[Callable], Callable]:
+def compiled(name: str = "", **options: Any) -> Callable[[Callable], Callable]:
     """Numba's `njit` with `options`, without the GIL, and cached if Numba finds a folder it can write to.
 
     It looks beside the source, which another user may own, and in the user's cache, which a container may lack.
+    Kernels made by the same lines need a `name` each: Numba numbers the kernels of one name in one list, and of two
+    processes that add to a list at once, each can be left with the other's kernel.
     """
 
     def decorate(function: Callable) -> Callable:
+        function.__qualname__ = name or function.__qualname__
         try:
             return njit(cache=True, nogil=True, **options)(function)
         except RuntimeError:  # no folder: compiled anew in every process

@@ -103,16 +103,12 @@ def _count_from(values, limit):
     return count
 
 
-@compiled()
 def _quantize_f32(weights, importance, out):
-    flat, values = weights.reshape(-1), out.reshape(-1).view(np.float32)
-    for i in range(flat.size):
-        values[i] = flat[i]
+    out.view(np.float32)[...] = weights
 
 
-@compiled()
 def _dequantize_f32(data, out):
-    _quantize_f32(data.reshape(-1).view(np.float32), None, out.reshape(-1).view(np.uint8))
+    out[...] = data.view(np.float32)
 
 
 @register_jitable

@@ -13,6 +13,9 @@ Quantizer = Callable[[np.ndarray, "np.ndarray | None", np.ndarray], None]
 Dequantizer = Callable[[np.ndarray, np.ndarray], None]
 
 
+_ONE_KIND = "CW"  # contiguous and writable: of read-only arrays Numba would compile every kernel once more
+
+
 @dataclass(frozen=True)
 class Grid:
     """A number format of GGUF: blocks of `block` weights in `block_bytes` bytes.
@@ -51,11 +54,11 @@ class Grid:
         Raises RecipeError for an effort that is none of EFFORTS.
         """
         check_effort(effort)
-        weights = np.ascontiguousarray(weights, dtype=np.float32)
+        weights = np.require(weights, np.float32, _ONE_KIND)
         rows, columns = weights.shape
         out = np.empty((rows, self.row_bytes(columns)), np.uint8)
         if importance is not None:
-            importance = np.ascontiguousarray(importance, dtype=np.float32)
+            importance = np.require(importance, np.float32, _ONE_KIND)
             if importance.shape != (columns,):
                 raise ValueError(f"importance has shape {importance.shape}, the weights {weights.shape}")
         self.kernels_by_effort.get(effort, self.kernel_quantize)(weights, importance, out)
@@ -63,7 +66,7 @@ class Grid:
 
     def dequantize(self, data: np.ndarray) -> np.ndarray:
         """Decode uint8 `(rows, row_bytes)`; returns float32 `(rows, columns)`."""
-        data = np.ascontiguousarray(data, dtype=np.uint8)
+        data = np.require(data, np.uint8, _ONE_KIND)
         rows, row_bytes = data.shape
         if row_bytes % self.block_bytes:
             raise ValueError(f"{self.name}: {row_bytes} bytes a row are not a multiple of {self.block_bytes}")

@@ -202,7 +202,7 @@ def decode_q8_0(data, values):
 
 
 def _grid(name, ggml_type, block_bytes, encode, decode, candidates, bits, with_base) -> Grid:
-    plain = compile_range_quantizer(block_bytes, bits, with_base)
+    plain = compile_range_quantizer(name, block_bytes, bits, with_base)
     sizes = (ggml_type, BLOCK, block_bytes)
     return searched_grid(name, *sizes, weigh, weigh_plain, encode, decode, (candidates,), plain=plain)
 
@@ -211,6 +211,6 @@ Q4_0 = _grid("Q4_0", 2, 18, encode_q4_0, decode_q4_0, TOPS_4, bits=4, with_base=
 Q4_1 = _grid("Q4_1", 3, 20, encode_q4_1, decode_q4_1, ENDS_4, bits=4, with_base=True)
 Q5_0 = _grid("Q5_0", 6, 22, encode_q5_0, decode_q5_0, TOPS_5, bits=5, with_base=False)
 Q5_1 = _grid("Q5_1", 7, 24, encode_q5_1, decode_q5_1, ENDS_5, bits=5, with_base=True)
-_quantize_q8_0 = compile_plain_quantizer(34, encode_q8_0)
-_dequantize_q8_0 = compile_dequantizer(BLOCK, 34, decode_q8_0)
+_quantize_q8_0 = compile_plain_quantizer("Q8_0", 34, encode_q8_0)
+_dequantize_q8_0 = compile_dequantizer("Q8_0", BLOCK, 34, decode_q8_0)
 Q8_0 = Grid("Q8_0", 8, BLOCK, 34, _quantize_q8_0, _dequantize_q8_0)

@@ -168,11 +168,11 @@ def store_word(data, i, word):
     data[i], data[i + 1] = word & 255, word >> 8
 
 
-def compile_range_quantizer(block_bytes: int, bits: int, with_base: bool) -> Callable:
+def compile_range_quantizer(name: str, block_bytes: int, bits: int, with_base: bool) -> Callable:
     """The quantize kernel, as `Grid` wants it, of a format of `bits` a code; importance is ignored."""
     sources, count = SOURCES, float(2**bits)
 
-    @compiled(error_model="numpy")
+    @compiled(f"quantize_{name}_plain", error_model="numpy")
     def quantize(weights, importance, out):
         sources  # noqa: B018
         flat, data = weights.reshape(-1), out.reshape(-1)
