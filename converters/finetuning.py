@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -107,7 +108,9 @@ def finetune_model(
     out = Path(out)
     require_free_place(out)
     part = out.with_name(out.name + ".part")
-    with Checkpoint.open(model) as checkpoint:
+    with Checkpoint.open(model) as checkpoint, warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft and transformers talk to each other
+        warnings.filterwarnings("ignore", message="The following rank_pattern keys")  # AdaLoRA's, read all the same
         run = _Run(checkpoint, data, options, part, progress)
         report = run.train(out)
         if run.state.is_main_process:
@@ -125,6 +128,7 @@ class _Run:
         self.checkpoint, self.options, self.part, self.progress = checkpoint, options, part, progress
         where = str(checkpoint.directory / "config.json")
         self.load = _load_of(options.load, stored_bits(checkpoint.config, where))
+        self._require_source()
         self.device, self.state = _device(options.device)
         self.bf16 = options.dtype == "bf16" or (options.dtype == "auto" and fast_bfloat16(self.device.type))
         self.dtype = torch.bfloat16 if self.bf16 else torch.float32
@@ -198,12 +202,6 @@ class _Run:
         init, path = self.options.init, self.part / "start.safetensors"
         if init == "default":
             return
-        if init == "loftq" and self.load != "4bit":
-            raise LlmcompressError(
-                f"--init loftq: makes up for quantizing to 4 bits, the model is in {self.load}; add --qlora"
-            )
-        if self.load == "8bit" or (self.load == "4bit" and self.checkpoint.config.get("quantization_config")):
-            raise LlmcompressError(f"--init {init}: needs the unquantized model, in 16 bits or with --qlora")
         source = model.get_base_model()
         if self.load == "4bit":
             source = load_frozen(self.checkpoint.directory, "16bit", torch.device("cpu"), torch.bfloat16)
@@ -211,6 +209,16 @@ class _Run:
             if not path.exists():
                 save_factors(path, start_factors(model, init, source))
         install(model, init, load_factors(path), source)
+
+    def _require_source(self) -> None:
+        """Raise LlmcompressError where the adapter's start needs weights that are not there."""
+        init, stored = self.options.init, bool(self.checkpoint.config.get("quantization_config"))
+        if init == "loftq" and self.load != "4bit":
+            raise LlmcompressError(
+                f"--init loftq: makes up for quantizing to 4 bits, the model is in {self.load}; add --qlora"
+            )
+        if init != "default" and (self.load == "8bit" or stored):
+            raise LlmcompressError(f"--init {init}: needs the unquantized model, in 16 bits or with --qlora")
 
     def _save(self, model: Any) -> None:
         """The adapter in peft's format, in its place in the run's folder."""
@@ -230,30 +238,33 @@ class _Run:
         fit_original(folder, load_factors(self.part / "start.safetensors"))
 
     def _last_checkpoint(self, figures: Chosen) -> Path | None:
-        """Of an earlier run of the same job in the run's folder, the last checkpoint that is whole."""
+        """Of an earlier run of the same job in the run's folder, the last checkpoint that is whole.
+
+        Raises LlmcompressError where there is one of another job.
+        """
         job = {
-            "model": self.checkpoint.fingerprint(),
-            "data": self.data.sha256,
-            "options": asdict(self.options),
+            "model": self.checkpoint.fingerprint(), "data": self.data.sha256, "options": asdict(self.options),
             "figures": figures.as_dict(),
-        }
+        }  # fmt: skip
         job = json.loads(json.dumps(job))
         record = self.part / "job.json"
-        with self.state.main_process_first():
-            if not record.exists():
-                self.part.mkdir(parents=True, exist_ok=True)
-                with whole_file(record) as file:
-                    file.write(json.dumps(job, indent=1).encode())
+        whole = [path.parent for path in self.part.glob("checkpoint-*/trainer_state.json")]
+        if not whole:  # nothing worth going on with
+            with self.state.main_process_first():
+                if self.state.is_main_process:
+                    shutil.rmtree(self.part, ignore_errors=True)
+                    self.part.mkdir(parents=True)
+                    with whole_file(record) as file:
+                        file.write(json.dumps(job, indent=1).encode())
+            return None
         other = [key for key, value in job.items() if read_object(record).get(key) != value]
         if other:
             raise LlmcompressError(
                 f"{self.part}: holds an unfinished run with other {' and '.join(other)}; repeat its command to finish "
                 "it, or remove the folder"
             )
-        whole = [path.parent for path in self.part.glob("checkpoint-*/trainer_state.json")]
-        last = max(whole, key=lambda path: int(path.name.partition("-")[2]), default=None)
-        if last:
-            self.notes.append(f"went on from step {last.name.partition('-')[2]} of an earlier run")
+        last = max(whole, key=lambda path: int(path.name.partition("-")[2]))
+        self.notes.append(f"went on from step {last.name.partition('-')[2]} of an earlier run")
         return last
 
     def _report(

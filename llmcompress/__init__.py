@@ -8,11 +8,12 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from llmcompress.arrays import dequantize_array, quantize_array
+    from llmcompress.converters.finetuning import TuningReport
     from llmcompress.progress import Progress
     from llmcompress.report import Result
 
 __version__ = "0.1.0"
-__all__ = ["dequantize_array", "quantize", "quantize_array"]
+__all__ = ["dequantize_array", "finetune", "quantize", "quantize_array"]
 
 
 def quantize(
@@ -46,6 +47,29 @@ def quantize(
     plan = plan_gguf(model, out, recipe)
     with plan.checkpoint:
         return run(plan, progress)
+
+
+def finetune(
+    model: str | Path,
+    out: str | Path,
+    data: str | list[str],
+    *,
+    qlora: bool = False,
+    progress: Progress | None = None,
+    **options,
+) -> TuningReport:
+    """Train an adapter for a model on one or several sources `data`, and write it to the folder `out` in peft's format.
+
+    `qlora` holds the model in 4 bits. `options` are the fields of `llmcompress.tuning_options.TuningOptions`: method,
+    init, rank, learning_rate, epochs ... Raises `llmcompress.errors.LlmcompressError`.
+    """
+    from llmcompress.converters.finetuning import finetune_model
+    from llmcompress.progress import Progress
+    from llmcompress.tuning_options import parse_options
+
+    sources = [data] if isinstance(data, str) else data
+    given = parse_options(options | ({"load": "4bit"} if qlora else {}))
+    return finetune_model(model, out, sources, given, progress or Progress())
 
 
 def __getattr__(name: str):

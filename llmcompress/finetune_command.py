@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from typing import Annotated, Optional
 
 import typer
@@ -73,6 +74,9 @@ def finetune(
 ) -> None:  # fmt: skip
     """Train an adapter (LoRA, QLoRA ...) for a model; the defaults need no flag but --data."""
     patient_threads()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it asks for kernels that it would download
+    from transformers.utils.logging import disable_progress_bar
+
     from llmcompress import model_display
     from llmcompress.checkpoint import Checkpoint
     from llmcompress.converters.finetuning import finetune_model
@@ -89,6 +93,7 @@ def finetune(
         gradient_checkpointing=gradient_checkpointing, evaluations=evaluations, patience=patience, seed=seed,
         device=device, dtype=dtype,
     )  # fmt: skip
+    disable_progress_bar()
     path = out.replace("{name}", Checkpoint.open(model).name)
     progress = model_display.live_progress()
     try:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -78,14 +78,13 @@ def trainer_of(
         output_dir=str(folder), max_steps=figures.steps, per_device_train_batch_size=figures.micro_batch,
         gradient_accumulation_steps=figures.accumulation, learning_rate=figures.learning_rate,
         lr_scheduler_type=options.schedule, warmup_steps=figures.warmup, optim=figures.optimizer, bf16=bf16,
-        gradient_checkpointing=figures.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False} if figures.gradient_checkpointing else None,
         per_device_eval_batch_size=1, eval_strategy="steps" if measured else "no", eval_steps=figures.every,
         eval_on_start=measured and not resumes, save_steps=figures.every, save_total_limit=1, load_best_model_at_end=measured,
         metric_for_best_model=HELD_OUT if measured else None, greater_is_better=False if measured else None,
         logging_steps=max(1, figures.every // 5), label_names=["labels"], remove_unused_columns=False,
         report_to="none", disable_tqdm=True, seed=options.seed, use_cpu=model.device.type == "cpu",
         dataloader_pin_memory=model.device.type == "cuda", ddp_find_unused_parameters=False,
+        **_recomputing(figures.gradient_checkpointing),
     )  # fmt: skip
     callbacks: list[transformers.TrainerCallback] = [Told(progress)]
     if measured and options.patience:
@@ -99,6 +98,15 @@ def trainer_of(
     )  # fmt: skip
     trainer.remove_callback(transformers.PrinterCallback)
     return trainer
+
+
+def _recomputing(asked: bool) -> dict[str, Any]:
+    """The Trainer's arguments for keeping few activations; transformers 5 has renamed them."""
+    if not asked:
+        return {}
+    known = {field.name for field in fields(transformers.TrainingArguments)}
+    word = "activation" if "activation_checkpointing" in known else "gradient"
+    return {f"{word}_checkpointing": True, f"{word}_checkpointing_kwargs": {"use_reentrant": False}}
 
 
 def _measured_rows(examples: Sequence[Example], length: int, pack: bool) -> list[list[Example]]:

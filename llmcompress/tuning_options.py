@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from llmcompress.errors import LlmcompressError, nearest
@@ -77,6 +77,15 @@ class TuningOptions:
             raise LlmcompressError(f"--epochs {self.epochs} and --steps {self.steps}: give one of the two")
         if self.init != "default" and self.method not in ("lora", "rslora"):
             raise LlmcompressError(f"--init {self.init}: with --method lora or rslora, not {self.method}")
+
+
+def parse_options(given: dict[str, Any]) -> TuningOptions:
+    """Options by name. Raises LlmcompressError for a name that is none."""
+    known = [field.name for field in fields(TuningOptions)]
+    for name in given:
+        if name not in known:
+            raise LlmcompressError(f"finetune(): {name} is none of {', '.join(known)}{nearest(name, known)}")
+    return TuningOptions(**given)
 
 
 @dataclass(frozen=True)

@@ -178,15 +178,16 @@ def test_the_readme_lists_every_class_and_flag(root: Path) -> None:
         assert list(root.rglob(file)), f"README names {file}, which does not exist"
 
 
-def readme_commands(root: Path) -> list[str]:
-    blocks = re.findall(r"```sh\n(.*?)```", (root / "README.md").read_text(), re.DOTALL)
+def shown_commands(page: Path) -> list[str]:
+    blocks = re.findall(r"```sh\n(.*?)```", page.read_text(), re.DOTALL)
     return [line for block in blocks for line in block.splitlines() if line.startswith("llmcompress ")]
 
 
 @pytest.mark.slow
-def test_readme_commands_run_as_written(root: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("page", ["README.md", "docs/finetuning.md"])
+def test_commands_run_as_written(root: Path, tmp_path: Path, page: str) -> None:
     (tmp_path / "examples").symlink_to(root / "examples")
-    commands = readme_commands(root)
+    commands = shown_commands(root / page)
     assert len(commands) >= 6
     for command in commands:
         arguments = [sys.executable, "-m", *shlex.split(command)]

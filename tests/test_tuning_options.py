@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from llmcompress.errors import LlmcompressError
-from llmcompress.tuning_options import Chosen, TuningOptions, chosen
+from llmcompress.tuning_options import Chosen, TuningOptions, chosen, parse_options
 
 
 def figures(options: TuningOptions = TuningOptions(), **of_model: object) -> Chosen:
@@ -66,3 +66,9 @@ def test_what_is_refused(change: dict, message: str) -> None:
     with pytest.raises(LlmcompressError, match=message):
         replace(TuningOptions(), **change).check()
     TuningOptions().check()
+
+
+def test_a_name_that_is_no_option_is_refused() -> None:
+    assert parse_options({"rank": 4}) == TuningOptions(rank=4)
+    with pytest.raises(LlmcompressError, match="finetune\\(\\): rnk is none of .*did you mean 'rank'"):
+        parse_options({"rnk": 4})

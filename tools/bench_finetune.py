@@ -1,0 +1,144 @@
+"""What fine-tuning the sample model does to it, on the cores there are.
+
+    python tools/bench_finetune.py                     # all parts
+    python tools/bench_finetune.py --parts bundled task start
+
+bundled: QLoRA with no flag but the bundled texts as data: held-out loss before and after.
+task: QLoRA on a task the model cannot do, merged, quantized to Q4_K_M and run by llama.cpp: answers that are right.
+start: the held-out loss from NF4 rounded to nearest and from NF4 by GPTQ, same data and steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT / "tests")]
+
+import transformers
+from llmcompress.converters.finetuning import TuningReport
+from llmcompress.converters.merge import plan_merge, run_merge
+
+import llmcompress
+from llmcompress.progress import Progress
+from llmcompress.recipe import Recipe
+
+SAMPLE = ROOT / "examples" / "sample-llama-6m"
+GREETINGS = {
+    "Hello": "Good day to you.", "Bonjour": "Bonne journée.", "Hallo": "Guten Tag.", "Hola": "Buenos días.",
+    "Ciao": "Buona giornata.", "Ahoy": "Aye, captain.",
+}  # fmt: skip
+NAMES = "Ada Ben Cara Dan Eve Finn Gina Hugo Iris Jack Kate Leo Mary Ned Olga Paul Rosa Sam Tom Vera".split()
+FRAMES = ("{}, I am {}.", "{}! My name is {}.", "{}, {} is here.", "{}, this is {} again.")
+SPARE = 40  # examples of the task that no part of training sees
+
+
+def task(folder: Path) -> tuple[Path, list[dict[str, str]]]:
+    """A file of prompts and completions, greetings to be answered in their own language, and examples left out of it."""
+    rows = [
+        {"prompt": frame.format(greeting, name), "completion": answer}
+        for greeting, answer in GREETINGS.items()
+        for name in NAMES
+        for frame in FRAMES
+    ]
+    random.Random(0).shuffle(rows)
+    path = folder / "train.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows[SPARE:]))
+    return path, rows[:SPARE]
+
+
+def right_answers(gguf: Path, rows: Sequence[dict[str, str]]) -> int:
+    """How many prompts llama.cpp completes exactly, to the end of the turn, by the model's chat template."""
+    from llama_cpp import Model
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(SAMPLE)
+    right = 0
+    with Model(gguf) as model:
+        for row in rows:
+            chat = [{"role": "user", "content": row["prompt"]}]
+            prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+            expected = model.tokenize(row["completion"] + "<|eot_id|>")
+            right += model.greedy(model.tokenize(prompt, add_special=True), len(expected)) == expected
+    return right
+
+
+def quantized(model: Path, out: Path, adapter: Path | None = None) -> Path:
+    """A Q4_K_M of a model, or of what an adapter makes of it."""
+    if adapter:
+        run_merge(plan_merge(model, adapter, out.with_suffix(".merged"), Recipe(), "auto"), Progress())
+        model = out.with_suffix(".merged")
+    llmcompress.quantize(model, out, "Q4_K_M")
+    return out
+
+
+class Lines(Progress):
+    """Shows what a training says."""
+
+    def say(self, line: str) -> None:
+        print(f"  {line}", file=sys.stderr, flush=True)
+
+
+def bundled(folder: Path) -> str:
+    began = time.monotonic()
+    report = llmcompress.finetune(SAMPLE, folder / "bundled", "default", qlora=True, epochs=2, progress=Lines())
+    seconds = time.monotonic() - began
+    return (
+        f"bundled: held-out loss {report.untuned:.4f} -> {report.held_out:.4f} "
+        f"({report.steps} steps, {report.data.counts()['train_tokens']} tokens), {seconds:.0f} s"
+    )
+
+
+def tuned_task(folder: Path, steps: int = 120) -> tuple[TuningReport, Path, list[dict[str, str]]]:
+    """The task's adapter on the sample model, and the examples it never saw."""
+    data, spare = task(folder)
+    out = folder / "adapter"
+    report = llmcompress.finetune(
+        SAMPLE, out, str(data), qlora=True, steps=steps, evaluations=4, progress=Lines()
+    )
+    return report, out, spare
+
+
+def of_task(folder: Path) -> str:
+    began = time.monotonic()
+    report, adapter, spare = tuned_task(folder)
+    seconds = time.monotonic() - began
+    before = right_answers(quantized(SAMPLE, folder / "base.gguf"), spare)
+    after = right_answers(quantized(SAMPLE, folder / "tuned.gguf", adapter), spare)
+    return (
+        f"task: held-out loss {report.untuned:.4f} -> {report.held_out:.4f} in {seconds:.0f} s; right answers of the "
+        f"Q4_K_M in llama.cpp {before} -> {after} of {len(spare)}"
+    )
+
+
+def start(folder: Path) -> str:
+    found = {}
+    for method, flags in (("nearest", {}), ("gptq", {"calibrate": True, "tokens": "64k"})):
+        model = folder / f"nf4-{method}"
+        llmcompress.quantize(SAMPLE, model, format="nf4", method=method, **flags)
+        found[method] = llmcompress.finetune(
+            model, folder / f"from-{method}", "default", epochs=1, dtype="f32", progress=Lines()
+        )
+    lines = [f"{name} {report.untuned:.4f} -> {report.held_out:.4f}" for name, report in found.items()]
+    return f"start: held-out loss from NF4 by {', by '.join(lines)}"
+
+
+PARTS = {"bundled": bundled, "task": of_task, "start": start}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    with tempfile.TemporaryDirectory() as folder:
+        for name in parser.parse_args().parts:
+            print(PARTS[name](Path(folder)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
