@@ -110,7 +110,9 @@ def finetune_model(
     part = out.with_name(out.name + ".part")
     with Checkpoint.open(model) as checkpoint, warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # peft and transformers talk to each other
-        warnings.filterwarnings("ignore", message="The following rank_pattern keys")  # AdaLoRA's, read all the same
+        warnings.filterwarnings(
+            "ignore", message="The following rank_pattern keys"
+        )  # AdaLoRA's, read all the same
         run = _Run(checkpoint, data, options, part, progress)
         report = run.train(out)
         if run.state.is_main_process:
@@ -135,7 +137,10 @@ class _Run:
         tokenizer = read_tokenizer(checkpoint.directory)
         config = transformers.AutoConfig.from_pretrained(checkpoint.directory).get_text_config()
         self.hidden = config.hidden_size
-        self.length = options.max_length or min(LONGEST, getattr(config, "max_position_embeddings", LONGEST))
+        positions = getattr(config, "max_position_embeddings", None)
+        self.length = options.max_length or min(LONGEST, positions or LONGEST)
+        if positions and self.length > positions:
+            raise LlmcompressError(f"--max-length {self.length}: the model has {positions} positions")
         reader = ExampleReader(tokenizer, self.length, options.loss, options.plain)
         self.data = tuning_data(reader, sources, options.validation, options.seed)
         self.notes = list(self.data.notes)

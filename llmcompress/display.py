@@ -100,7 +100,9 @@ class Log(Progress):
 
 
 def _amount(count: float, unit: str) -> str:
-    return format_size(count) if unit == "bytes" else f"{count:,.0f} {unit}"
+    if unit == "bytes":
+        return format_size(count)
+    return f"{count:,.{0 if count == round(count) or count >= 10 else 1}f} {unit}"
 
 
 def show_plan(plan: Plan) -> None:

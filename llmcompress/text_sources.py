@@ -106,6 +106,8 @@ def _file(path: Path) -> Iterable[Document]:
     if size > LARGEST:
         raise TextError(f"{path}: {size} bytes, the limit is {LARGEST}; give a part of it")
     text = _decoded(path.read_bytes(), path)
+    if path.suffix.lower() == ".json" and text.lstrip().startswith("["):
+        return _list(text, str(path))
     return _jsonl(text, str(path)) if path.suffix.lower() in {".jsonl", ".ndjson", ".json"} else [text]
 
 
@@ -130,6 +132,15 @@ def _jsonl(text: str, where: str) -> Iterator[Document]:
             except (ValueError, RecursionError) as error:
                 raise TextError(f"{at}: not valid JSON ({shown(str(error))}); one object a line") from None
             yield document_of(record, at)
+
+
+def _list(text: str, where: str) -> Iterator[Document]:
+    """The documents of a whole file that is one list of records."""
+    try:
+        records = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise TextError(f"{where}: not valid JSON ({shown(str(error))})") from None
+    return (document_of(record, f"{where}: record {number}") for number, record in enumerate(records, 1))
 
 
 def _parquet(path: Path) -> Iterator[Document]:

@@ -15,7 +15,9 @@ DTYPES = ("auto", "f32", "bf16")
 FEWEST_STEPS, MOST_EPOCHS = 300, 10  # small data is shown more often, until there are so many steps
 LARGE = 1000  # steps in an epoch from which one epoch is enough
 ALPHA = {"rslora": 4.0}  # rsLoRA divides by the root of the rank: at rank 64 the same as 32 of the others
-MICRO_TOKENS = 8192  # tokens of the longest examples that are run at once
+MICRO_TOKENS = (
+    4096  # tokens of the longest examples that are run at once: their logits are the largest thing there is
+)
 CHECKPOINTED = 500_000_000  # weights from which activations are computed twice rather than kept
 
 

@@ -14,8 +14,12 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+from conftest import ROOT
 from llmcompress.converters.finetuning import AS_TRAINED, TuningReport, finetune_model
 from safetensors.torch import load_file
+
+sys.path.insert(0, str(ROOT / "tools"))
+import bench_finetune
 
 import llmcompress
 from llmcompress.errors import LlmcompressError, RunError
@@ -25,11 +29,23 @@ from llmcompress.row_packing import batch_of
 from llmcompress.tuning_options import TuningOptions
 
 CPU = torch.device("cpu")
-QUICK = {"rank": 8, "steps": 12, "evaluations": 3, "batch": 8, "validation": "0.2", "dtype": "f32", "learning_rate": 0.01}
+QUICK = {
+    "rank": 8,
+    "steps": 12,
+    "evaluations": 3,
+    "batch": 8,
+    "validation": "0.2",
+    "dtype": "f32",
+    "learning_rate": 0.01,
+}
 
 
-def examples(path: Path, count: int = 60, answer: Callable[[int], str] = lambda at: "yes" if at % 3 else "no") -> str:
-    records = [{"prompt": f"Is {at % 3} above 0, in case {at}?", "completion": answer(at)} for at in range(count)]
+def examples(
+    path: Path, count: int = 60, answer: Callable[[int], str] = lambda at: "yes" if at % 3 else "no"
+) -> str:
+    records = [
+        {"prompt": f"Is {at % 3} above 0, in case {at}?", "completion": answer(at)} for at in range(count)
+    ]
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     return str(path)
 
@@ -39,7 +55,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
     return examples(tmp_path_factory.mktemp("data") / "train.jsonl")
 
 
-def run(model: Path, out: Path, data: str, progress: Progress | None = None, **options: object) -> TuningReport:
+def run(
+    model: Path, out: Path, data: str, progress: Progress | None = None, **options: object
+) -> TuningReport:
     return finetune_model(model, out, [data], TuningOptions(**(QUICK | options)), progress or Progress())
 
 
@@ -50,7 +68,9 @@ def measured(model: torch.nn.Module, report: TuningReport) -> float:
         batch = batch_of([[example]], pack=False)
         with torch.no_grad():
             losses = torch.nn.functional.cross_entropy(
-                model(input_ids=batch["input_ids"]).logits[0, :-1].float(), batch["labels"][0, 1:], reduction="sum"
+                model(input_ids=batch["input_ids"]).logits[0, :-1].float(),
+                batch["labels"][0, 1:],
+                reduction="sum",
             )
         total, count = total + losses.item(), count + int(example.learned.sum())
     return total / count
@@ -80,7 +100,9 @@ def test_what_is_saved_is_what_was_measured(
     frozen = load_frozen(folder, load, CPU, torch.float32).eval()
     assert measured(frozen, report) == pytest.approx(report.untuned, rel=0.1 if "init" in options else 1e-3)
     tuned = peft.PeftModel.from_pretrained(frozen, adapter).eval()
-    assert measured(tuned, report) == pytest.approx(report.held_out, rel=0.15 if report.load != load else 2e-3)
+    assert measured(tuned, report) == pytest.approx(
+        report.held_out, rel=0.15 if report.load != load else 2e-3
+    )
     assert not (tmp_path / "adapter.part").exists()
     if "init" in options:  # the change alone fits the unquantized model
         plain = load_frozen(folder, "16bit", CPU, torch.float32).eval()
@@ -89,7 +111,9 @@ def test_what_is_saved_is_what_was_measured(
 
 
 @pytest.mark.slow
-def test_the_best_adapter_is_kept_and_the_run_stops_early(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+def test_the_best_adapter_is_kept_and_the_run_stops_early(
+    tiny: Callable[[str], Path], tmp_path: Path
+) -> None:
     """Answers that nothing tells, so that learning the training's makes the held-out loss rise."""
     words = "red blue green black white grey pink brown".split()
     source = examples(tmp_path / "a.jsonl", 40, lambda at: words[at * at * 7 % 8])
@@ -150,7 +174,9 @@ def test_the_report_and_what_lies_beside_the_adapter(
     )
     told = json.loads((tmp_path / "out" / "adapter" / "finetune.json").read_text())
     assert told == json.loads(json.dumps(report.as_dict()))
-    assert told["load"] == "4bit" and told["data"]["train_examples"] == 48 and len(told["data"]["sha256"]) == 64
+    assert (
+        told["load"] == "4bit" and told["data"]["train_examples"] == 48 and len(told["data"]["sha256"]) == 64
+    )
     assert told["held_out_losses"][0] == [0, told["untuned_loss"]] and told["steps"] == 12
     assert (tmp_path / "out" / "adapter" / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert any(line.startswith("step 12: held-out loss") for line in progress.lines)
@@ -173,9 +199,13 @@ def test_a_model_that_cannot_be_packed_trains_all_the_same(
 
 def test_what_cannot_be_done_is_one_line(tiny: Callable[[str], Path], tmp_path: Path, data: str) -> None:
     for options, message in (
-        ({"init": "loftq"}, "--init loftq: makes up for quantizing to 4 bits, the model is in 16bit; add --qlora"),
+        (
+            {"init": "loftq"},
+            "--init loftq: makes up for quantizing to 4 bits, the model is in 16bit; add --qlora",
+        ),
         ({"load": "8bit", "init": "pissa"}, "--init pissa: needs the unquantized model"),
         ({"device": "cuda:77"}, "--device cuda:77"),
+        ({"max_length": 4096}, "--max-length 4096: the model has 512 positions"),
         ({"max_length": 9999, "loss": "every"}, "--loss every"),
     ):
         with pytest.raises(LlmcompressError, match=message):
@@ -191,16 +221,43 @@ def command(*arguments: str | Path, **environment: str) -> subprocess.Popen[str]
     )  # fmt: skip
 
 
-FLAGS = ("--rank", "8", "--batch", "8", "--validation", "0.2", "--dtype", "f32", "--lr", "0.01", "--device", "cpu")
+FLAGS = (
+    "--rank",
+    "8",
+    "--batch",
+    "8",
+    "--validation",
+    "0.2",
+    "--dtype",
+    "f32",
+    "--lr",
+    "0.01",
+    "--device",
+    "cpu",
+)
 
 
 @pytest.mark.slow
 def test_a_run_killed_with_9_goes_on(tiny: Callable[[str], Path], tmp_path: Path, data: str) -> None:
     out = tmp_path / "adapter"
-    arguments = [sys.executable, "-m", "llmcompress", "finetune", tiny("llama"), "-o", out, "--data", data, *FLAGS]
+    arguments = [
+        sys.executable,
+        "-m",
+        "llmcompress",
+        "finetune",
+        tiny("llama"),
+        "-o",
+        out,
+        "--data",
+        data,
+        *FLAGS,
+    ]
     arguments += ["--steps", "300", "--evaluations", "100", "--patience", "0"]
     first = command(*arguments)
-    while first.poll() is None and not (tmp_path / "adapter.part" / "checkpoint-3" / "trainer_state.json").exists():
+    while (
+        first.poll() is None
+        and not (tmp_path / "adapter.part" / "checkpoint-3" / "trainer_state.json").exists()
+    ):
         time.sleep(0.05)
     os.killpg(first.pid, signal.SIGKILL)
     first.communicate()
@@ -217,7 +274,19 @@ def test_two_processes_share_a_run(tiny: Callable[[str], Path], tmp_path: Path, 
     out = tmp_path / "adapter"
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
               "--num_machines", "1", "--main_process_port", "0"]  # fmt: skip
-    arguments = ["-m", "llmcompress", "finetune", tiny("llama"), "-o", out, "--data", data, *FLAGS, "--steps", "12"]
+    arguments = [
+        "-m",
+        "llmcompress",
+        "finetune",
+        tiny("llama"),
+        "-o",
+        out,
+        "--data",
+        data,
+        *FLAGS,
+        "--steps",
+        "12",
+    ]
     done = command(*launch, *arguments, "--evaluations", "3", "--json", ACCELERATE_USE_CPU="true")
     printed = done.communicate(timeout=300)[0]
     assert done.returncode == 0, printed
@@ -226,3 +295,13 @@ def test_two_processes_share_a_run(tiny: Callable[[str], Path], tmp_path: Path, 
     alone = run(tiny("llama"), tmp_path / "alone", data)
     assert told["untuned_loss"] == pytest.approx(alone.untuned, rel=1e-5)
     assert told["held_out_loss"] == pytest.approx(alone.held_out, rel=0.05)
+
+
+@pytest.mark.slow
+def test_a_tuned_model_does_in_llama_cpp_what_it_could_not(tmp_path: Path) -> None:
+    report, adapter, spare = bench_finetune.tuned_task(tmp_path)
+    assert report.held_out < 0.05 * report.untuned
+    base = bench_finetune.quantized(bench_finetune.SAMPLE, tmp_path / "base.gguf")
+    assert bench_finetune.right_answers(base, spare) == 0
+    tuned = bench_finetune.quantized(bench_finetune.SAMPLE, tmp_path / "tuned.gguf", adapter)
+    assert bench_finetune.right_answers(tuned, spare) >= 0.9 * len(spare)

@@ -64,6 +64,18 @@ def test_records(record: dict, text: str) -> None:
     assert plain(document_of(record, "here")) == text
 
 
+def test_a_json_file_may_be_one_list_of_records(tmp_path: Path) -> None:
+    file = tmp_path / "a.json"
+    file.write_text('[\n {"text": "a"},\n {"prompt": "b", "completion": "c"}\n]\n')
+    assert [plain(document) for document in read_documents(str(file))] == ["a", "b\nc"]
+    file.write_text('[{"text": "a"}, 5]')
+    with pytest.raises(TextError, match="record 2: 5, not an object"):
+        read_documents(str(file))
+    file.write_text("[" * 100_000)
+    with pytest.raises(TextError, match="not valid JSON"):
+        read_documents(str(file))
+
+
 def test_jsonl_skips_empty_lines_and_texts_and_keeps_unicode_line_ends(tmp_path: Path) -> None:
     file = tmp_path / "a.jsonl"
     file.write_text('{"text": "a\u2028b"}\r\n\n{"text": " "}\n{"text": "c"}', newline="")

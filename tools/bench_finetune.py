@@ -87,7 +87,9 @@ class Lines(Progress):
 
 def bundled(folder: Path) -> str:
     began = time.monotonic()
-    report = llmcompress.finetune(SAMPLE, folder / "bundled", "default", qlora=True, epochs=2, progress=Lines())
+    report = llmcompress.finetune(
+        SAMPLE, folder / "bundled", "default", qlora=True, epochs=2, progress=Lines()
+    )
     seconds = time.monotonic() - began
     return (
         f"bundled: held-out loss {report.untuned:.4f} -> {report.held_out:.4f} "
@@ -95,12 +97,12 @@ def bundled(folder: Path) -> str:
     )
 
 
-def tuned_task(folder: Path, steps: int = 120) -> tuple[TuningReport, Path, list[dict[str, str]]]:
+def tuned_task(folder: Path, steps: int = 80) -> tuple[TuningReport, Path, list[dict[str, str]]]:
     """The task's adapter on the sample model, and the examples it never saw."""
     data, spare = task(folder)
     out = folder / "adapter"
     report = llmcompress.finetune(
-        SAMPLE, out, str(data), qlora=True, steps=steps, evaluations=4, progress=Lines()
+        SAMPLE, out, str(data), qlora=True, steps=steps, evaluations=4, learning_rate=5e-3, progress=Lines()
     )
     return report, out, spare
 
@@ -133,7 +135,9 @@ PARTS = {"bundled": bundled, "task": of_task, "start": start}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     with tempfile.TemporaryDirectory() as folder:
         for name in parser.parse_args().parts:
