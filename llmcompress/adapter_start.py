@@ -19,7 +19,6 @@ from torch import nn
 from llmcompress.errors import LlmcompressError
 from llmcompress.whole_file import whole_file
 
-INITS = ("default", "pissa", "loftq")
 POWER_ITERATIONS = 8  # of the randomized SVD
 EXACT = 1024  # rows or columns up to which the SVD is exact
 
