@@ -24,7 +24,7 @@ from llmcompress.adapter_method import unadapted, with_adapter
 from llmcompress.adapter_start import fit_original, install, load_factors, save_factors, start_factors
 from llmcompress.checkpoint import Checkpoint
 from llmcompress.compute import compute_device, fast_bfloat16
-from llmcompress.errors import LlmcompressError, RunError
+from llmcompress.errors import CheckpointError, LlmcompressError, RunError
 from llmcompress.frozen_model import load_frozen, stored_bits
 from llmcompress.json_object import read_object
 from llmcompress.machine import cores
@@ -135,7 +135,7 @@ class _Run:
         self.bf16 = options.dtype == "bf16" or (options.dtype == "auto" and fast_bfloat16(self.device.type))
         self.dtype = torch.bfloat16 if self.bf16 else torch.float32
         tokenizer = read_tokenizer(checkpoint.directory)
-        config = transformers.AutoConfig.from_pretrained(checkpoint.directory).get_text_config()
+        config = _text_config(checkpoint.directory)
         self.hidden = config.hidden_size
         positions = getattr(config, "max_position_embeddings", None)
         self.length = options.max_length or min(LONGEST, positions or LONGEST)
@@ -179,7 +179,11 @@ class _Run:
             f"learned, {counts['validation_examples']} held out; {figures.steps} steps ({figures.epochs:.1f} epochs), "
             f"learning rate {figures.learning_rate:.2g}"
         )  # fmt: skip
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        try:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        except torch.OutOfMemoryError as error:
+            what = "--qlora, --gradient-checkpointing, a smaller --micro-batch or --max-length"
+            raise RunError(f"{self.device}: {str(error).split('. ')[0]}; give {what}") from None
         curve = Curve.of(trainer.state.log_history)
         if self.state.is_main_process:
             self._save(trainer.model)
@@ -269,7 +273,8 @@ class _Run:
                 "it, or remove the folder"
             )
         last = max(whole, key=lambda path: int(path.name.partition("-")[2]))
-        self.notes.append(f"went on from step {last.name.partition('-')[2]} of an earlier run")
+        anew = "; AdaLoRA weighs its ranks anew" if self.options.method == "adalora" else ""
+        self.notes.append(f"went on from step {last.name.partition('-')[2]} of an earlier run{anew}")
         return last
 
     def _report(
@@ -292,6 +297,15 @@ class _Run:
             untuned=untuned, held_out=best[1], best_step=best[0], steps=trainer.state.global_step,
             devices=self.state.num_processes, seconds=seconds, notes=tuple(self.notes),
         )  # fmt: skip
+
+
+def _text_config(directory: Path) -> Any:
+    try:
+        return transformers.AutoConfig.from_pretrained(directory).get_text_config()
+    except (ValueError, OSError, KeyError) as error:
+        raise CheckpointError(
+            f"{directory}: no config that transformers reads: {' '.join(str(error).split())[:300]}"
+        ) from error
 
 
 def _load_of(asked: str | None, stored: str | None) -> str:

@@ -17,7 +17,7 @@ import transformers
 from torch.nn import functional
 from torch.utils.data import Dataset
 
-from llmcompress.errors import RunError
+from llmcompress.errors import LlmcompressError, RunError
 from llmcompress.progress import Progress
 from llmcompress.row_packing import IGNORED, Collator, rows_of
 from llmcompress.tuning_data import Example, TuningData
@@ -74,18 +74,7 @@ def trainer_of(
 ) -> transformers.Trainer:
     """A Trainer that keeps its checkpoints in `folder`; bf16: products in bfloat16, adapter and optimizer in float32."""
     measured = bool(data.validation)
-    arguments = transformers.TrainingArguments(
-        output_dir=str(folder), max_steps=figures.steps, per_device_train_batch_size=figures.micro_batch,
-        gradient_accumulation_steps=figures.accumulation, learning_rate=figures.learning_rate,
-        lr_scheduler_type=options.schedule, warmup_steps=figures.warmup, optim=figures.optimizer, bf16=bf16,
-        per_device_eval_batch_size=1, eval_strategy="steps" if measured else "no", eval_steps=figures.every,
-        eval_on_start=measured and not resumes, save_steps=figures.every, save_total_limit=1, load_best_model_at_end=measured,
-        metric_for_best_model=HELD_OUT if measured else None, greater_is_better=False if measured else None,
-        logging_steps=max(1, figures.every // 5), label_names=["labels"], remove_unused_columns=False,
-        report_to="none", disable_tqdm=True, seed=options.seed, use_cpu=model.device.type == "cpu",
-        dataloader_pin_memory=model.device.type == "cuda", ddp_find_unused_parameters=False,
-        **_recomputing(figures.gradient_checkpointing),
-    )  # fmt: skip
+    arguments = _arguments(options, figures, folder, bf16, measured, resumes, model.device.type)
     callbacks: list[transformers.TrainerCallback] = [Told(progress)]
     if measured and options.patience:
         callbacks.append(transformers.EarlyStoppingCallback(options.patience))
@@ -98,6 +87,30 @@ def trainer_of(
     )  # fmt: skip
     trainer.remove_callback(transformers.PrinterCallback)
     return trainer
+
+
+def _arguments(
+    options: TuningOptions, figures: Chosen, folder: Path, bf16: bool, measured: bool, resumes: bool, device: str
+) -> transformers.TrainingArguments:  # fmt: skip
+    settings = dict(
+        output_dir=str(folder), max_steps=figures.steps, per_device_train_batch_size=figures.micro_batch,
+        gradient_accumulation_steps=figures.accumulation, learning_rate=figures.learning_rate,
+        lr_scheduler_type=options.schedule, warmup_steps=figures.warmup, optim=figures.optimizer, bf16=bf16,
+        per_device_eval_batch_size=1, eval_strategy="steps" if measured else "no", eval_steps=figures.every,
+        eval_on_start=measured and not resumes, save_steps=figures.every, save_total_limit=1,
+        load_best_model_at_end=measured,
+        metric_for_best_model=HELD_OUT if measured else None, greater_is_better=False if measured else None,
+        logging_steps=max(1, figures.every // 5), label_names=["labels"], remove_unused_columns=False,
+        report_to="none", disable_tqdm=True, seed=options.seed, use_cpu=device == "cpu",
+        dataloader_pin_memory=device == "cuda", ddp_find_unused_parameters=False,
+        **_recomputing(figures.gradient_checkpointing),
+    )  # fmt: skip
+    try:
+        return transformers.TrainingArguments(**settings)
+    except (ValueError, ImportError) as error:
+        raise LlmcompressError(
+            f"--schedule {options.schedule}, --optimizer {figures.optimizer}: {' '.join(str(error).split())[:300]}"
+        ) from None
 
 
 def _recomputing(asked: bool) -> dict[str, Any]:

@@ -206,7 +206,9 @@ def test_what_cannot_be_done_is_one_line(tiny: Callable[[str], Path], tmp_path: 
         ({"load": "8bit", "init": "pissa"}, "--init pissa: needs the unquantized model"),
         ({"device": "cuda:77"}, "--device cuda:77"),
         ({"max_length": 4096}, "--max-length 4096: the model has 512 positions"),
-        ({"max_length": 9999, "loss": "every"}, "--loss every"),
+        ({"max_length": 99, "loss": "every"}, "--loss every"),
+        ({"schedule": "zigzag"}, "--schedule zigzag"),
+        ({"optimizer": "best"}, "--optimizer best"),
     ):
         with pytest.raises(LlmcompressError, match=message):
             run(tiny("llama"), tmp_path / "adapter", data, **options)
