@@ -128,8 +128,11 @@ class _Run:
         self, checkpoint: Checkpoint, sources: Sequence[str], options: TuningOptions, part: Path, progress: Progress
     ) -> None:  # fmt: skip
         self.checkpoint, self.options, self.part, self.progress = checkpoint, options, part, progress
-        where = str(checkpoint.directory / "config.json")
-        self.load = _load_of(options.load, stored_bits(checkpoint.config, where))
+        where = checkpoint.directory / "config.json"
+        self.stored = stored_bits(
+            read_object(where), str(where)
+        )  # the file's own words, not what is decoded of it
+        self.load = _load_of(options.load, self.stored)
         self._require_source()
         self.device, self.state = _device(options.device)
         self.bf16 = options.dtype == "bf16" or (options.dtype == "auto" and fast_bfloat16(self.device.type))
@@ -221,12 +224,12 @@ class _Run:
 
     def _require_source(self) -> None:
         """Raise LlmcompressError where the adapter's start needs weights that are not there."""
-        init, stored = self.options.init, bool(self.checkpoint.config.get("quantization_config"))
+        init = self.options.init
         if init == "loftq" and self.load != "4bit":
             raise LlmcompressError(
                 f"--init loftq: makes up for quantizing to 4 bits, the model is in {self.load}; add --qlora"
             )
-        if init != "default" and (self.load == "8bit" or stored):
+        if init != "default" and (self.load == "8bit" or self.stored):
             raise LlmcompressError(f"--init {init}: needs the unquantized model, in 16 bits or with --qlora")
 
     def _save(self, model: Any) -> None:

@@ -216,6 +216,23 @@ def test_what_cannot_be_done_is_one_line(tiny: Callable[[str], Path], tmp_path: 
         run(tiny("llama"), tmp_path / "other", data, learning_rate=1e30, evaluations=12)
 
 
+@pytest.mark.slow
+def test_a_model_stored_in_four_bits_is_trained_as_it_is(
+    tiny: Callable[[str], Path], tmp_path: Path, data: str
+) -> None:
+    llmcompress.quantize(tiny("llama"), tmp_path / "nf4", format="nf4")
+    report = run(tmp_path / "nf4", tmp_path / "adapter", data)
+    assert report.load == "4bit" and report.held_out < 0.5 * report.untuned
+    frozen = load_frozen(tmp_path / "nf4", "4bit", CPU, torch.float32).eval()
+    assert measured(frozen, report) == pytest.approx(report.untuned, rel=1e-3)
+    for options, message in (
+        ({"load": "8bit"}, "--load 8bit: the model's weights are stored in 4bit"),
+        ({"init": "loftq"}, "--init loftq: needs the unquantized model"),
+    ):
+        with pytest.raises(LlmcompressError, match=message):
+            run(tmp_path / "nf4", tmp_path / "other", data, **options)
+
+
 def command(*arguments: str | Path, **environment: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         list(map(str, arguments)), env=os.environ | environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
