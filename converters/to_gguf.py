@@ -18,6 +18,7 @@ from llmcompress.fallback import MeasuredFallback
 from llmcompress.filetypes import FLOATS, tensor_order
 from llmcompress.gguf.imatrix import read_imatrix
 from llmcompress.gguf.value import Metadata
+from llmcompress.gguf_source import is_gguf
 from llmcompress.hessians import HessianFolder
 from llmcompress.importance import Source
 from llmcompress.mix import ModelTraits
@@ -30,12 +31,16 @@ from llmcompress.target import Target
 
 
 def plan_gguf(model: str | Path, out: str | Path, recipe: Recipe, progress: Progress = Progress()) -> Plan:
-    """What `recipe` will do to `model`, from its headers, config and tokenizer alone; of rows that
-    --fallback best or a target measure, from these, too.
+    """What `recipe` will do to `model`, a checkpoint or a GGUF, from its headers, config and tokenizer alone; of rows
+    that --fallback best or a target measure, from these, too.
 
     `out` is a file name, a template with `{name}` and `{type}`, or a folder. Raises LlmcompressError for all that
     can be refused before a weight is read.
     """
+    if is_gguf(model):
+        from llmcompress.converters.requantize import plan_requantized
+
+        return plan_requantized(model, out, recipe, progress)
     checkpoint = open_checkpoint(model, recipe)
     checkpoint.require_plain()
     architecture = find_architecture(Config(checkpoint.config))

@@ -78,8 +78,10 @@ def typed_metadata(
     metadata: Metadata, file_type: FileType, recipe: Recipe, imatrix: Source | None
 ) -> Metadata:
     """The metadata with the recipe of this one file, and the keys llama-quantize appends for a file type and
-    its importance matrix."""
+    its importance matrix. The copy of a GGUF says what the GGUF did."""
     typed = dict(metadata)
+    if file_type.name == "COPY" and "general.file_type" in typed:
+        return typed
     names = {  # where they lay is nobody's business
         field: Path(given).name
         for field in ("adapter", "imatrix", "hessian", "sensitivity")

@@ -122,7 +122,9 @@ def make_plan(
     """
     importance, more_notes = _importance(steps, imatrix)
     names = [] if target else recipe.types
-    file_types = list(dict.fromkeys(_file_type(name, steps) for name in names)) or [target.file_type]
+    file_types = list(dict.fromkeys(_file_type(name, steps, metadata) for name in names)) or [
+        target.file_type
+    ]
     tensors = [(step.name, step.shape, stored_type(step)) for step in steps]
     choices = {
         file_type: choose_types(file_type, tensors, traits, recipe.overrides) for file_type in file_types
@@ -203,7 +205,7 @@ def _existing_parent(path: Path) -> Path:
     return folder
 
 
-def _file_type(name: str, steps: Sequence[Step]) -> FileType:
+def _file_type(name: str, steps: Sequence[Step], metadata: Metadata) -> FileType:
     """The file type of that name; `auto` is the float type most of the checkpoint's weights have, `COPY` goes by its
     number and leaves every tensor as it is."""
     if name.upper() not in SOURCE_TYPES:
@@ -212,7 +214,10 @@ def _file_type(name: str, steps: Sequence[Step]) -> FileType:
     for step in steps:
         totals[step.dtype] += step.weights
     found = find_file_type(totals.most_common(1)[0][0])
-    return replace(found, name="COPY") if name.upper() == "COPY" else found
+    if name.upper() != "COPY":
+        return found
+    was = metadata.get("general.file_type")  # of a GGUF that is copied
+    return replace(found, name="COPY", id=was.value if was else found.id)
 
 
 def _importance(steps: Sequence[Step], imatrix: Source | None) -> tuple[Importance, list[str]]:

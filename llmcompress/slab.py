@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -23,11 +24,13 @@ _CHUNK = 2**20  # bytes of a source read at a time where its columns become rows
 
 @dataclass(frozen=True)
 class Weights:
-    """Weights of a slab, before any rounding: `raw` in the checkpoint's dtype, `(rows, columns)`."""
+    """Weights of a slab, before any rounding: `raw` in the checkpoint's dtype, `(rows, columns)`. `packed` reads them
+    as the source's own bytes where it has them in a number format, which the step names."""
 
     step: Step
     raw: np.ndarray
     dtype: str
+    packed: Callable[[], np.ndarray] | None = None
 
     @cached_property
     def float32(self) -> np.ndarray:
@@ -44,6 +47,8 @@ class Weights:
         With a solver by GPTQ, where the grid's codes can be chosen one by one, else rounded to nearest."""
         if grid.name == self.dtype and self.step.operation.compute is None:
             return self.raw.view(np.uint8)
+        if self.packed and grid.name == self.step.packed:
+            return self.packed()
         too_large = count_saturated(self.float32, grid.name) if grid.name in LARGEST else 0
         if too_large:
             raise RunError(
@@ -77,7 +82,8 @@ def read_slab(checkpoint: Checkpoint, step: Step, slab: Slab) -> Weights:
         )
     if step.operation.arrange:
         raw = step.operation.arrange(raw)
-    return Weights(step, raw, step.dtype)
+    packed = partial(checkpoint.read_packed, piece.tensor.name, first, slab.rows) if step.packed else None
+    return Weights(step, raw, step.dtype, packed)
 
 
 def _piece_at(step: Step, slab: Slab) -> tuple[Piece, int]:

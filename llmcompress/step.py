@@ -67,6 +67,12 @@ class Step:
     def dtype(self) -> str:
         return self.pieces[0].tensor.dtype if self.pieces else "F32"
 
+    @property
+    def packed(self) -> str | None:
+        """The number format whose very bytes the source has, row by row, where it has one."""
+        kept = self.pieces and not self.operation.compute and not self.operation.arrange
+        return getattr(self.pieces[0].tensor, "packed", None) if kept else None
+
     def source_bytes(self, rows: int) -> int:
         """Bytes of `rows` rows in the checkpoint."""
         return rows * self.columns * (4 if self.dtype == "F32" else 2)
@@ -83,7 +89,9 @@ class Slab:
 
 def stored_type(step: Step) -> str:
     """The type an unquantized GGUF holds the tensor in: float32 for what is never quantized, such as norms and
-    routers, and the checkpoint's own for matrices."""
+    routers, and the checkpoint's own for matrices; what is packed stays so."""
+    if step.packed:
+        return step.packed
     kept = step.name in NEVER_QUANTIZED_NAMES or any(part in step.name for part in NEVER_QUANTIZED)
     return "F32" if kept or len(step.shape) == 1 or step.computed is not None else step.dtype
 
