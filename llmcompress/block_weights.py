@@ -8,7 +8,6 @@ any version arrive as its modelling code wants them, and gives them back when th
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,13 +23,10 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.modeling_utils import LoadStateDictConfig
 
 from llmcompress.errors import CheckpointError, shown
+from llmcompress.freed_memory import hand_back_memory
 from llmcompress.tensor_info import TensorInfo
 
 transformers.utils.logging.disable_progress_bar()  # one would run for every block
-
-# glibc keeps what is freed, in pieces that the next block's tensors do not fit; this gives it back. 24 blocks of 25 MB
-# grew to 330 MB without.
-_TRIM = getattr(ctypes.CDLL(None), "malloc_trim", None)
 
 
 class Readable(Protocol):
@@ -134,8 +130,7 @@ class PartWeights:
         for name, parameter in self._loaded.items():
             self._put(name, parameter)
         self._loaded = {}
-        if _TRIM:
-            _TRIM(0)
+        hand_back_memory()
 
     def tied(self, parameter: str) -> set[str]:
         """All names of a parameter, its own among them."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from llmcompress.errors import LlmcompressError, nearest
+from llmcompress.freed_memory import keep_freed_memory
 from llmcompress.machine import cores
 
 # Of the hidden states; `mixed` holds matrices in bfloat16 and multiplies them so.
@@ -51,7 +51,6 @@ class MixedProducts(TorchFunctionMode):
         return self._last[2]
 
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 _PRODUCTS = {torch.matmul, torch.mm, torch.Tensor.matmul, torch.Tensor.mm, torch.Tensor.__matmul__}
 
 
@@ -101,17 +100,8 @@ def compute_device(asked: str) -> torch.device:
         raise LlmcompressError(f"--device {asked}: {' '.join(str(error).split())[:200]}") from None
     if device.type == "cpu":
         torch.set_num_threads(cores())
-        _keep_freed_memory()
+        keep_freed_memory()
     return device
-
-
-def _keep_freed_memory() -> None:
-    """Tell glibc not to hand each freed activation back to the system, which would have to clear it for the next:
-    a model of 0.5 billion weights ran 1.25 times as fast. What a block leaves is handed back at its end."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt:
-        mallopt(_M_MMAP_THRESHOLD, 2**25)  # the most it takes
-        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def fast_bfloat16(device: str) -> bool:

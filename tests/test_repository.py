@@ -31,6 +31,7 @@ LAYERS = [
     {"safetensors_header"},
     {"sources"},
     {"hub", "safetensors_files", "torch_pickle", "torch_zip", "checkpoint", "wrapped"},
+    {"freed_memory"},
     {"gguf_source"},
     {"text_sources", "token_stream", "token_rows", "compute", "answers"},
     {"tuning_options", "tuning_data", "frozen_model"},
