@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -310,6 +314,40 @@ def test_auto_gptq_computes_the_logits_of_the_dequantized_model(
                 assert np.array_equal(found, expected), options
             else:  # the same weights, but products of float16 are summed in another order
                 assert np.abs(found - expected).max() < 0.004 * np.abs(expected).max(), options
+
+
+BY_GPTQMODEL = """
+import sys, numpy, torch, transformers
+config = transformers.GPTQConfig(bits=4, backend="gptq_torch")
+model = transformers.AutoModelForCausalLM.from_pretrained(
+    sys.argv[1], quantization_config=config, dtype=torch.float32, device_map="cpu")
+assert any("Linear" in type(m).__name__ and hasattr(m, "qweight") for m in model.modules())
+with torch.no_grad():
+    logits = model(input_ids=torch.tensor([[int(word) for word in sys.argv[3:]]])).logits
+numpy.save(sys.argv[2], logits[0].float().numpy())
+"""
+
+
+@pytest.mark.skipif(
+    not all(importlib.util.find_spec(name) for name in ("gptqmodel", "optimum")),
+    reason="needs gptqmodel 7 and optimum, 1.5 GB together",
+)
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{}, {"group_size": 32}, {"sym": False}], ids=str)
+def test_transformers_reads_checkpoints_with_gptqmodel(
+    options: dict, tiny: Callable[[str], Path], tmp_path: Path
+) -> None:
+    source, tokens = tiny("llama"), [1, 5, 300, 17, 250, 99, 4, 77]
+    llmcompress.quantize(source, tmp_path / "gptq", format="gptq", **options)
+    write_dequantized(tmp_path / "gptq", source, tmp_path / "plain")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "plain", dtype=torch.float32)
+    with torch.no_grad():
+        expected = model(input_ids=torch.tensor([tokens])).logits[0].numpy()
+    arguments = [tmp_path / "gptq", tmp_path / "logits.npy", *map(str, tokens)]
+    environment = {**os.environ, "GPTQMODEL_CPU_WORKERS": "2", "TORCHDYNAMO_DISABLE": "1"}
+    subprocess.run([sys.executable, "-c", BY_GPTQMODEL, *arguments], env=environment, check=True)
+    found = np.load(tmp_path / "logits.npy")
+    assert np.abs(found - expected).max() < 0.002 * np.abs(expected).max()  # it sums in another order
 
 
 def store_as_first_version(folder: Path, modules: list[str], bits: int) -> None:

@@ -4,9 +4,9 @@
     python tools/train_model.py OUT --tokens 6500000 --minutes 45
 
 Takes the text of ../shared/corpora/sample-train (its SOURCE.txt names what it is of) and the tokenizer of
-examples/sample-llama-6m (CC0). The model is as large as that one: 5.8 million parameters, hidden 256, feed-forward 768, 6 layers, 4 heads of 64, 2 of
-them for keys, tied embeddings, of which every sixth layer sees all tokens and the others 128. OUT becomes a folder
-that `llmcompress quantize` takes, with bf16 weights, and is made whole or not at all.
+examples/sample-llama-6m (CC0). The model is as large as that one: 5.8 million parameters, hidden 256, feed-forward
+768, 6 layers, 4 heads of 64, 2 of them for keys, tied embeddings; the last layer sees all tokens, the others 128. OUT
+becomes a folder that `llmcompress quantize` takes, with bf16 weights, and is made whole or not at all.
 
 The rate falls to nothing as the tokens or the minutes run out, whichever is first; where the minutes decide, the same
 command gives another model on another machine.
