@@ -88,8 +88,8 @@ class Subject:
         self.model, self.held_out, self.work = model, held_out, work
         self.is_first = model.name == MODELS[0].name
         self.options = CalibrationOptions(data=(str(calibration),), tokens=TOKENS)
-        self.hessian = work / "hessian"
-        calibrate_model(model, work / "imatrix.gguf", self.options, Progress(), self.hessian)
+        self.hessian, self.imatrix = work / "hessian", work / "imatrix.gguf"
+        calibrate_model(model, self.imatrix, self.options, Progress(), self.hessian)
 
     def kl(self, artefact: Path) -> float:
         """Mean divergence of a GGUF or a plain checkpoint."""
@@ -98,8 +98,10 @@ class Subject:
         return report.as_dict()["figures"]["mean_kl"]["value"]
 
     def made(self, name: str, **options) -> tuple[Path, object]:
+        """A file or folder of the name. A checkpoint is by gptq, or to nearest where the options name an imatrix."""
         out = self.work / name
-        return out, llmcompress.quantize(self.model, out, hessian=str(self.hessian), **options)
+        source = {} if "imatrix" in options else {"hessian": str(self.hessian)}
+        return out, llmcompress.quantize(self.model, out, **source, **options)
 
     def row(self, what: str, bar: str, ours: float, peer: float, note: str = "") -> None:
         """Print one comparison."""
@@ -164,7 +166,7 @@ def checkpoints(subject: Subject) -> None:
         write_dequantized(out, subject.model, plain)
         return subject.kl(plain)
 
-    nearest = kl("nearest")
+    nearest = kl("nearest", imatrix=str(subject.imatrix))
     for order, desc_act in (("", False), (", desc_act", True)):
         ours = kl(f"ours{order}", method="gptq", desc_act=desc_act)
         subject.row(f"4 bits, groups of 128{order}: gptq / nearest", "checkpoint", ours, nearest)
