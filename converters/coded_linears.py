@@ -57,6 +57,7 @@ class Format(Protocol):
     """How a checkpoint stores its linears. `kind` stands for {type} in the folder's name."""
 
     kind: str
+    notes: Sequence[str] = ()  # what `select` found worth saying
 
     def select(
         self, architecture: Architecture, checkpoint: Checkpoint, linears: Sequence[Linear]
@@ -157,7 +158,7 @@ def plan_coded(model: str | Path, out: str | Path, recipe: Recipe, format: Forma
     importance = Importance(steps, source)
     importance.check()
     missing = [linear.inputs for linear in linears if source and linear.inputs not in importance]
-    notes = (*checkpoint.notes, *((*source.notes, *_missing_notes(missing)) if source else ()))
+    notes = (*checkpoint.notes, *format.notes, *(source.notes if source else ()), *_missing_notes(missing))
     headers = sum(len(shard.header) for shard in shards)
     workers, slab_weights, ram = fit_memory(
         [linear.step for linear in linears], recipe, headers, BYTES_PER_WEIGHT
@@ -264,7 +265,7 @@ def _make(plan: CodedPlan, linear: Linear, slab: Slab) -> tuple[list[Data], tupl
 
 def _result(plan: CodedPlan, measured: Mapping[str, Fidelity], seconds: float, kept: int) -> Result:
     tensors = [
-        TensorReport(name, tensor.shape, tensor.dtype, tensor.dtype, "copy", "no linear of a decoder block",
+        TensorReport(name, tensor.shape, tensor.dtype, tensor.dtype, "copy", "kept as it is",
                      tensor.nbytes, None, 0, "nearest", {})
         for name, tensor in plan.kept.items()
     ]  # fmt: skip

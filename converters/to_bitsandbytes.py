@@ -79,10 +79,15 @@ class BitsAndBytes(Format):
             )
         if not coded:
             raise PlanError("keep: all linears are kept; nothing is left to quantize")
+        self.notes = list(self._notes(coded, len(linears) - len(coded)))
         self.skipped = list(dict.fromkeys([*self.recipe.keep, "lm_head", *others]))
         self.dtype = _model_dtype(checkpoint, coded)
         sources = {linear.step.pieces[0].tensor.name for linear in coded}
         return coded, {name: tensor for name, tensor in checkpoint.index.items() if name not in sources}
+
+    def _notes(self, coded: Sequence[Linear], kept: int) -> Iterator[str]:
+        if kept:
+            yield f"{kept} linears are kept as they are, as --keep says"
 
     def texts(self, plan: CodedPlan) -> dict[str, dict[str, Any]]:
         return {"config.json": plan.checkpoint.config | {"quantization_config": self.settings()}}
@@ -114,6 +119,17 @@ class FourBit(BitsAndBytes):
         super().__init__(recipe)
         self._grid: FourBitGrid = {"nf4": NF4, "fp4": FP4}[recipe.format]
         self.kind += "-DQ" if recipe.double_quant else ""
+
+    def _notes(self, coded: Sequence[Linear], kept: int) -> Iterator[str]:
+        yield from super()._notes(coded, kept)
+        if self.recipe.double_quant:
+            yield "errors are those with scales as they are before double quantization"
+        odd = [linear.step for linear in coded if linear.step.rows % 32 or linear.step.columns % 64]
+        if odd:
+            yield (
+                f"{len(odd)} linears have outputs that are no multiple of 32 or inputs that are none of 64, which "
+                f"bitsandbytes refuses to run on CPUs with AVX512-BF16; the first is {odd[0].name}"
+            )
 
     def unit(self, linear: Linear) -> int:
         return BLOCK // gcd(BLOCK, linear.step.columns)  # blocks run on from row to row

@@ -75,6 +75,7 @@ def test_four_bits_are_bitsandbytes_own_to_the_last_bit(
             assert same(found.pop(f"{name}.{key}"), value), (module, key)
     assert found.keys() == source.keys() and all(same(found[name], source[name]) for name in found)
     assert {tensor.type for tensor in result.outputs[0].tensors if tensor.rows_checked} == {format.upper()}
+    assert any("14 linears have outputs that are no multiple of 32" in note for note in result.notes)
 
 
 def test_eight_bits_are_bitsandbytes_own_to_the_last_bit(odd: Path, tmp_path: Path) -> None:
@@ -254,4 +255,5 @@ def test_the_command_line(root: Path, tmp_path: Path) -> None:
     done = run.invoke(app, [*command, "--keep", "o_proj", "--json"])
     assert done.exit_code == 0, done.output
     (output,) = json.loads(done.stdout)["outputs"]
+    assert any("6 linears are kept" in note for note in json.loads(done.stdout)["notes"])
     assert output["type_counts"] == {"NF4": 36, "BF16": 20} and (tmp_path / "sample-llama-6m-NF4-DQ").is_dir()
