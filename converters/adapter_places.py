@@ -62,7 +62,8 @@ def _base(checkpoint: Checkpoint, adapter: Adapter, onto: str | None) -> Checkpo
         return checkpoint
     from llmcompress.converters.onto_nf4 import RoundedCheckpoint
 
-    return RoundedCheckpoint(checkpoint)
+    own = "as its finetune.json says it was trained; --onto 16bit takes them as they are"
+    return RoundedCheckpoint(checkpoint, own if onto is None else "as asked")
 
 
 class Places:
@@ -104,8 +105,8 @@ class Places:
         ]
 
     def _check(self, update: LowRank, tensor: TensorInfo) -> None:
-        shape = (*([update.matrices] if len(tensor.shape) == 3 or update.matrices > 1 else []),)
-        fits = ((*shape, update.outputs, update.inputs), (*shape, update.inputs, update.outputs))
+        stack = (update.matrices,) if len(tensor.shape) == 3 or update.matrices > 1 else ()
+        fits = ((*stack, update.outputs, update.inputs), (*stack, update.inputs, update.outputs))
         if tensor.shape not in fits[: 1 if update.embedding else 2]:
             raise PlanError(
                 f"{self.adapter.directory}: {shown(update.name)} is changed by matrices of "

@@ -33,8 +33,9 @@ class RoundedCheckpoint(WrappedCheckpoint):
     Reading is safe from any number of threads. Raises PlanError for stacked experts, which bitsandbytes leaves alone.
     """
 
-    def __init__(self, base: Checkpoint) -> None:
+    def __init__(self, base: Checkpoint, reason: str) -> None:
         super().__init__(base)
+        self.reason = reason
         steps = weight_steps(base)
         linears = linears_of(find_architecture(Config(base.config)), steps)
         stacked = {step.name for step in steps if len(step.shape) > 2}
@@ -71,10 +72,7 @@ class RoundedCheckpoint(WrappedCheckpoint):
 
     @property
     def notes(self) -> list[str]:
-        return [
-            *self.base.notes,
-            f"{len(self.rewritten)} linears of the base are rounded to NF4, as QLoRA trains on them",
-        ]
+        return [*self.base.notes, f"merged onto {len(self.rewritten)} linears rounded to NF4, {self.reason}"]
 
     def _blocks(self, name: str, start: int, end: int) -> tuple[int, np.ndarray]:
         """NF4's bytes for the weights from `start` to `end` of a tensor, of whole blocks, and where the first begins:
