@@ -243,8 +243,7 @@ def _parameter(
 
     peft wraps a module once for each, the first one innermost; the deeper a name, the earlier its parameter."""
     listed = [word for word in config.get("target_parameters") or () if isinstance(word, str)]
-    own = {word.rpartition(".")[2] for word in listed
-           if f".{module}.{word.rpartition('.')[2]}".endswith(f".{word}")}  # fmt: skip
+    own = {word.rpartition(".")[2] for word in listed if _targets(word, module)}
     depths = sorted(other for name, other in parts if name == module)
     names = sorted(
         own or {"weight"}, key=lambda name: (REGISTERED.index(name) if name in REGISTERED else -1, name)
@@ -255,6 +254,12 @@ def _parameter(
             f"{len(depths)} parameters of it; {_BY_PEFT}"
         )
     return names[len(names) - 1 - depth]
+
+
+def _targets(word: str, module: str) -> bool:
+    """Whether a word of target_parameters names a parameter of a module; a parameter by itself is one of experts."""
+    owner = word.rpartition(".")[0] or "experts"
+    return f".{module}".endswith(f".{owner}")
 
 
 def _low_rank(

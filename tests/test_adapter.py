@@ -100,6 +100,7 @@ def test_factors_of_an_embedding_lie_transposed(dtype: torch.dtype, tmp_path: Pa
         ({"alpha_pattern": {"(": 1}}, r"alpha_pattern: '\(' is no pattern"),
         ({"target_parameters": ["self_attn.q_proj.gate_up_proj", "q_proj.down_proj"]}, "the adapter has tensors for 1 par"),
         ({"r": 2}, None),
+        ({"target_parameters": ["gate_up_proj", "experts.down_proj"]}, None),
     ],
 )  # fmt: skip
 def test_a_config_that_is_not_the_tensors_is_refused(config, message: str | None, tmp_path: Path) -> None:
