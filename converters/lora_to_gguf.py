@@ -35,8 +35,14 @@ from llmcompress.whole_file import whole_file
 
 FLOAT_TYPES = ("F32", "F16", "BF16")
 EMBEDDING, OUTPUT = "token_embd.weight", "output.weight"
-# Matrices that llama.cpp does not multiply with through its adapters, and so would leave as they are.
-UNADAPTED = re.compile(r"position_embd\.|blk\.\d+\.attn_(k|v|kv)_b\.|.*conv1d\.")
+# Tensors that llama.cpp does not multiply with through its adapters, and so would silently leave as they are, of any
+# architecture and of single ones: tried out, tensor by tensor, on a model of each.
+UNADAPTED = {
+    "*": r"position_embd|blk\.\d+\.(attn_[kv]_b|attn_kv_b|.*conv1d|.*_norm)",
+    "deepseek2": r"output|blk\.\d+\.attn_(q|q_a|q_b|kv_a_mqa)",
+    "gemma3n": r"altup_(proj|unembd_proj)|per_layer_(model_proj|token_embd)|blk\.\d+\.altup_router",
+    "gemma4": r"per_layer_(model_proj|token_embd)",
+}
 MERGE = "merge it instead: llmcompress merge MODEL ADAPTER"
 
 
@@ -115,7 +121,8 @@ def plan_lora(adapter: str | Path, base: str | Path, out: str | Path, type: str 
             raise PlanError(
                 f"{opened.directory}: changes the embedding, which llama.cpp takes for the head, too; {MERGE}"
             )
-        if UNADAPTED.match(pair.step.name) or len(pair.step.shape) < 2:
+        ignored = "|".join(filter(None, (UNADAPTED["*"], UNADAPTED.get(architecture.name))))
+        if re.fullmatch(rf"({ignored})(\.weight)?", pair.step.name) or len(pair.step.shape) < 2:
             raise PlanError(
                 f"{opened.directory}: changes {_source(pair)}; llama.cpp adapts no {pair.step.name}; {MERGE}"
             )
@@ -193,7 +200,7 @@ class _Part:
 
 def _by_matrix(step: Step, patches: Mapping[str, Sequence[Patch]]) -> Iterator[list[_Part]]:
     """The parts of each stacked matrix of a step."""
-    height = step.shape[-2]
+    height = step.shape[-2] if len(step.shape) > 1 else 1
     parts: list[_Part] = []
     start = 0
     for piece in step.pieces:
