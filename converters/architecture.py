@@ -3,77 +3,76 @@
 A table maps module names of a checkpoint to module names of GGUF; `.weight` and `.bias` follow by
 themselves. `{i}` stands for a layer, `{e}` for an expert: experts are stacked in the order of `{e}`. A
 module mapped to None is dropped on purpose. A tensor with no rule, and a layer without a tensor that
-the others have, are errors.
+the others of its kind have, are errors.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Callable, Container, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from llmcompress.converters.config import Config
+from llmcompress.converters.operations import Cut, Make, Shape, copied, equal_parts, picked
 from llmcompress.converters.shapes import check_shapes
 
 from llmcompress.checkpoint import Checkpoint, TensorInfo
 from llmcompress.errors import PlanError, nearest, shown
 from llmcompress.gguf.value import Metadata, Value
-from llmcompress.step import COPY, Operation, Piece, Step
+from llmcompress.step import Piece, Step
 
 
 @dataclass(frozen=True)
 class Rule:
-    """GGUF names one module goes to (its rows in equal parts), and the operation on the way."""
+    """GGUF names one module goes to, which of its rows each gets, and the operations on the way.
 
-    targets: tuple[str, ...]
-    operation: Callable[[Config, TensorInfo], Operation]
-
-
-def copied(config: Config, tensor: TensorInfo) -> Operation:
-    return COPY
-
-
-def rotary(heads: str) -> Callable[[Config, TensorInfo], Operation]:
-    """Rows of each head from transformers' two halves to the interleaved pairs ggml's NORM rope turns.
-
-    `heads` names the Config property that counts the heads.
+    layers: the kind of layers that have it, one of those the architecture's `layers` tells apart; None means all.
+    whole: targets are whole names of tensors, with no `.weight` or `.bias` to follow.
     """
 
-    def operation(config: Config, tensor: TensorInfo) -> Operation:
-        count = getattr(config, heads)
-        values = tensor.shape[0]
-        if values % (2 * count):
-            raise PlanError(f"{tensor.name}: {values} rows cannot be {count} heads of an even size")
-        size = values // count
-        if len(tensor.shape) == 1:
-            return Operation(
-                "rotary pairs", 1, lambda row: _interleave(row.reshape(-1, 1), size).reshape(1, -1)
-            )
-        return Operation("rotary pairs", size, lambda rows: _interleave(rows, size))
-
-    return operation
+    targets: tuple[str, ...]
+    operations: tuple[Make, ...]  # one for each target
+    cut: Cut = equal_parts
+    layers: str | None = None
+    whole: bool = False
 
 
-def _interleave(rows: np.ndarray, size: int) -> np.ndarray:
-    heads = rows.reshape(-1, 2, size // 2, rows.shape[-1])
-    return np.ascontiguousarray(heads.swapaxes(1, 2)).reshape(rows.shape)
+def to(
+    *targets: str,
+    operation: Make | Sequence[Make] = copied,
+    cut: Cut = equal_parts,
+    layers: str | None = None,
+    whole: bool = False,
+) -> Rule:
+    """A rule; `operation` is one for all targets, or one for each."""
+    operations = (operation,) * len(targets) if callable(operation) else tuple(operation)
+    return Rule(targets, operations, cut, layers, whole)
 
 
-def plus_one(config: Config, tensor: TensorInfo) -> Operation:
-    """Gemma stores the distance of a norm's weight from one; ggml multiplies by the weight itself."""
-    one = np.float32(1)
-    return Operation("plus one", 1, compute=lambda rows: rows + one, inverse=lambda rows: rows - one)
+Table = dict[str, Rule | None]
 
 
-def conv1d(config: Config, tensor: TensorInfo) -> Operation:
-    """GPT-2 keeps its linears as (in, out)."""
-    return COPY if len(tensor.shape) == 1 else Operation("transpose", 1, transposed=True)
+def only(layers: str, table: Mapping[str, Rule | None]) -> Table:
+    """The table for one kind of layers."""
+    return {module: rule and replace(rule, layers=layers) for module, rule in table.items()}
 
 
-def to(*targets: str, operation: Callable[[Config, TensorInfo], Operation] = copied) -> Rule:
-    return Rule(targets, operation)
+def without(table: Mapping[str, Rule | None], *modules: str) -> Table:
+    """The table without the modules of these last names."""
+    return {module: rule for module, rule in table.items() if module.rpartition(".")[2] not in modules}
+
+
+def renamed(table: Mapping[str, Rule | None], words: Mapping[str, str]) -> Table:
+    """The table with parts of its checkpoint's names replaced."""
+    result = {}
+    for module, rule in table.items():
+        for old, new in words.items():
+            module = module.replace(old, new)
+        result[module] = rule
+    return result
 
 
 @dataclass(frozen=True)
@@ -91,9 +90,22 @@ class Architecture:
     assumes: Mapping[str, tuple] = field(default_factory=dict)  # config values llama.cpp takes for granted
     check: Callable[[Config], list[str]] = lambda config: []  # notes; raises PlanError
     tokens_decide_rows: bool = False  # the embedding is cut to the tokens, not the tokens padded to it
+    layers: Callable[[Config], Mapping[str, Container[int]]] = lambda config: {}  # the kinds of layers, where they differ
+    shapes: Callable[[Config], Mapping[str, Shape]] = lambda config: {}  # of modules for which shapes.py has another
+    text: str | None = None  # the part of config.json that is the text model's
+    spellings: Mapping[str, str] = field(default_factory=dict)  # beginnings of names of older releases: today's
+    left_out: Mapping[str, str] = field(default_factory=dict)  # beginnings of names: what these tensors are
 
     def config(self, values: Mapping[str, Any]) -> Config:
-        return Config(values, self.defaults)
+        inner = values.get(self.text) if self.text else None
+        return Config({**values, **inner} if isinstance(inner, dict) else values, self.defaults)
+
+    def current_name(self, name: str) -> str:
+        """A tensor's name as today's transformers would write it."""
+        for old, new in self.spellings.items():
+            if name.startswith(old):
+                return new + name.removeprefix(old)
+        return name
 
     def metadata(self, config: Config) -> Metadata:
         return {f"{self.name}.{key}": value for key, value in self.keys(config).items()}
@@ -120,17 +132,23 @@ def steps_of(architecture: Architecture, checkpoint: Checkpoint, tokens: int) ->
     notes: list[str] = []
     sources: dict[str, dict[int | None, tuple[TensorInfo, Rule, int]]] = {}
     matchers = [_matcher(pattern, rule) for pattern, rule in architecture.tensors.items()]
+    dropped: Counter[str] = Counter()
     for tensor in checkpoint.index.values():
+        what = _left_out(architecture, config, tensor.name)
+        if what:
+            dropped[what] += 1
+            continue
         rule, layer, expert, suffix = _match(architecture, matchers, tensor)
         if rule is None:
             continue
         checkpoint.readable(tensor.name)
         for part, target in enumerate(rule.targets):
-            name = target.replace("{i}", layer) + (suffix or ".weight")
+            name = target.replace("{i}", layer) + ("" if rule.whole else suffix or ".weight")
             of_target = sources.setdefault(name, {})
             if expert in of_target:
                 raise PlanError(f"{tensor.name}: {name} is already made from {of_target[expert][0].name}")
             of_target[expert] = (tensor, rule, part)
+    notes += [f"{what}: left out, {count} tensors" for what, count in dropped.items()]
     if config.tied and {"output.weight", "token_embd.weight"} <= sources.keys():
         head, embedding = (sources[name][None][0] for name in ("output.weight", "token_embd.weight"))
         if _is_copy(checkpoint, head, embedding):
@@ -146,12 +164,22 @@ def steps_of(architecture: Architecture, checkpoint: Checkpoint, tokens: int) ->
             _cut_rows(step, tokens, notes) if step.name == "token_embd.weight" else step for step in steps
         ]
     _check_complete(architecture, config, steps, tokens)
-    check_shapes(steps, architecture.keys(config), tokens)
+    check_shapes(steps, architecture.keys(config), tokens, architecture.shapes(config))
     steps += [
         Step(name, values.shape, (), computed=values)
         for name, values in architecture.computed(config).items()
     ]
     return steps, notes
+
+
+def _left_out(architecture: Architecture, config: Config, name: str) -> str | None:
+    """What a tensor is that is left out on purpose: a part that is not the text model, or predicts further tokens."""
+    layer = re.search(r"(?:^|\.)layers\.([0-9]+)\.", name)
+    count = config.need("num_hidden_layers", "n_layer", "n_layers")
+    if layer and count <= int(layer[1]) < count + config.mtp_layers:
+        return "multi-token prediction"
+    name = architecture.current_name(name)
+    return next((what for start, what in architecture.left_out.items() if name.startswith(start)), None)
 
 
 def _is_copy(checkpoint: Checkpoint, head: TensorInfo, embedding: TensorInfo) -> bool:
@@ -198,7 +226,7 @@ def _match(
     architecture: Architecture, matchers: Sequence[tuple[re.Pattern[str], Rule | None]], tensor: TensorInfo
 ) -> tuple[Rule | None, str, int | None, str | None]:
     """The rule for a tensor, its layer, its expert (None where there is none) and its suffix."""
-    name = tensor.name.removeprefix(architecture.prefix)
+    name = architecture.current_name(tensor.name).removeprefix(architecture.prefix)
     for matcher, rule in matchers:
         match = matcher.fullmatch(name)
         if match and (match["suffix"] != ".bias" or _has_bias(architecture, rule)):
@@ -232,28 +260,15 @@ def _step(name: str, sources: Mapping[int | None, tuple[TensorInfo, Rule, int]],
                 f"{tensor.name}: is {tensor.dtype} {tensor.shape}, {first.name} is {first.dtype} {first.shape}; "
                 "tensors that are stacked must be alike"
             )
-    operation = rule.operation(config, first)
-    pieces = tuple(piece for tensor in tensors for piece in _pieces(tensor, rule, part, operation))
-    shape = _shape(first, rule, operation)
+    made = [rule.cut(config, tensor, part, len(rule.targets)) for tensor in tensors]
+    shape, pieces = made[0].shape, tuple(piece for cut in made for piece in cut.pieces)
+    operation = rule.operations[part](config, replace(first, shape=shape[-2:]))
+    if made[0].transposed:
+        operation = replace(operation, name=f"transpose, {operation.name}", transposed=True)
+    elif None in sources and len(first.shape) < 2 and pieces != (Piece(first, 0, 1),):
+        operation, piece = picked(first, operation, pieces)
+        pieces = (piece,)
     return Step(name, shape if None in sources else (len(tensors), *shape), pieces, operation)
-
-
-def _pieces(tensor: TensorInfo, rule: Rule, part: int, operation: Operation) -> list[Piece]:
-    """The rows of `tensor` that are part number `part`: of each matrix of a stack, if it is one."""
-    matrices, rows = (tensor.shape[0], tensor.shape[1]) if len(tensor.shape) == 3 else (1, tensor.rows)
-    if operation.transposed:
-        rows = tensor.columns
-    count = len(rule.targets)
-    if rows % count:
-        raise PlanError(f"{tensor.name}: {rows} rows cannot be cut into {count} equal parts")
-    return [Piece(tensor, matrix * rows + part * rows // count, rows // count) for matrix in range(matrices)]
-
-
-def _shape(tensor: TensorInfo, rule: Rule, operation: Operation) -> tuple[int, ...]:
-    if len(tensor.shape) > 3:
-        raise PlanError(f"{tensor.name}: has {len(tensor.shape)} dimensions, at most 3 are known")
-    shape = tensor.shape[::-1] if operation.transposed else tensor.shape
-    return shape if len(shape) < 2 else (*shape[:-2], shape[-2] // len(rule.targets), shape[-1])
 
 
 def _cut_rows(step: Step, rows: int, notes: list[str]) -> Step:
@@ -270,35 +285,44 @@ def _cut_rows(step: Step, rows: int, notes: list[str]) -> Step:
 def _check_complete(architecture: Architecture, config: Config, steps: Sequence[Step], tokens: int) -> None:
     """Every tensor of the table, and every bias that some layer has, is in all layers; the vocabulary fits the embedding."""
     shapes = {step.name: step.shape for step in steps}
-    layers = config.need("num_hidden_layers", "n_layer")
-    wanted = {f"{target}.weight" for rule in architecture.tensors.values() if rule for target in rule.targets}
-    wanted |= {re.sub(r"^blk\.\d+\.", "blk.{i}.", name) for name in shapes}
-    for pattern in sorted(wanted):
+    count = config.need("num_hidden_layers", "n_layer", "n_layers")
+    kinds = architecture.layers(config)
+    wanted: dict[str, set[str]] = {}  # names of tensors: the kinds of layers that have them
+    for rule in filter(None, architecture.tensors.values()):
+        for target in rule.targets:
+            wanted.setdefault(target if rule.whole else f"{target}.weight", set()).add(rule.layers or "")
+    for name in shapes:
+        pattern = re.sub(r"^blk\.\d+\.", "blk.{i}.", name)
+        wanted.setdefault(pattern, wanted.get(f"{pattern.rpartition('.')[0]}.weight", {""}))
+    for pattern, names in sorted(wanted.items()):
         target = pattern.rpartition(".")[0]
         if target == "output" and config.tied:
             continue
-        for layer in range(layers) if "{i}" in target else [0]:
+        for layer in range(count) if "{i}" in target else [0]:
             name = pattern.replace("{i}", str(layer))
-            if name not in shapes:
+            due = any(not kind or layer in kinds[kind] for kind in names)
+            if name in shapes and not due:
+                raise PlanError(f"{name}: by config.json layer {layer} has none; take both from one model")
+            if name not in shapes and due:
                 remedy = (
                     "does config.json lack tie_word_embeddings?"
                     if target == "output"
                     else "is a shard missing?"
                 )
                 raise PlanError(f"{name}: the checkpoint has no tensor for it; {remedy} (looked for "
-                                f"{', '.join(_origins(architecture, target))})")  # fmt: skip
+                                f"{', '.join(_origins(architecture, target, pattern))})")  # fmt: skip
     for name in shapes:
         layer = re.match(r"blk\.(\d+)\.", name)
-        if layer and int(layer[1]) >= layers:
-            raise PlanError(f"{name}: config.json counts {layers} layers, the checkpoint has more")
+        if layer and int(layer[1]) >= count:
+            raise PlanError(f"{name}: config.json counts {count} layers, the checkpoint has more")
     rows = shapes["token_embd.weight"][0]
     if rows != tokens:
         raise PlanError(f"token_embd.weight: {rows} rows, but the tokenizer has {tokens} tokens")
 
 
-def _origins(architecture: Architecture, target: str) -> list[str]:
+def _origins(architecture: Architecture, *targets: str) -> list[str]:
     return [pattern if pattern == "lm_head" else architecture.prefix + pattern
-            for pattern, rule in architecture.tensors.items() if rule and target in rule.targets]  # fmt: skip
+            for pattern, rule in architecture.tensors.items() if rule and set(targets) & set(rule.targets)]  # fmt: skip
 
 
 def optional_keys(values: Mapping[str, Value | None]) -> Metadata:

@@ -9,10 +9,14 @@ from typing import Any
 from llmcompress.errors import PlanError, shown
 
 _COUNTS = (
-    "hidden_size", "n_embd", "num_hidden_layers", "n_layer", "num_attention_heads", "n_head", "num_key_value_heads",
+    "hidden_size", "n_embd", "d_model", "num_hidden_layers", "n_layer", "n_layers", "num_attention_heads", "n_head", "n_heads", "num_key_value_heads",
     "head_dim", "intermediate_size", "n_inner", "vocab_size", "max_position_embeddings", "n_positions", "n_ctx",
     "original_max_position_embeddings", "sliding_window", "num_local_experts", "num_experts", "num_experts_per_tok",
-    "moe_intermediate_size", "sliding_window_pattern", "_sliding_window_pattern",
+    "moe_intermediate_size",
+)  # fmt: skip
+_SIZES = (
+    "sliding_window_pattern", "_sliding_window_pattern", "num_nextn_predict_layers", "first_k_dense_replace",
+    "shared_intermediate_size", "n_shared_experts", "num_shared_experts",
 )  # fmt: skip
 _NUMBERS = (
     "rms_norm_eps", "layer_norm_epsilon", "layer_norm_eps", "rope_theta", "rope_local_base_freq", "rotary_emb_base",
@@ -33,7 +37,7 @@ class Config:
     def __init__(self, values: Mapping[str, Any], defaults: Mapping[str, Any] | None = None) -> None:
         self.values = {**(defaults or {}), **values}
         for names, wanted, is_wanted in (
-            (_COUNTS, "a whole number above zero", _is_count), (_NUMBERS, "a number above zero", is_number),
+            (_COUNTS, "a whole number above zero", _is_count), (_SIZES, "a whole number", _is_size), (_NUMBERS, "a number above zero", is_number),
             (_OBJECTS, "an object", lambda value: isinstance(value, dict)),
             (_LISTS, "a list", lambda value: isinstance(value, list)),
             (_FLAGS, "true or false", lambda value: isinstance(value, bool)),
@@ -62,15 +66,20 @@ class Config:
 
     @property
     def heads(self) -> int:
-        return self.need("num_attention_heads", "n_head")
+        return self.need("num_attention_heads", "n_head", "n_heads")
 
     @property
     def kv_heads(self) -> int:
         return self.get("num_key_value_heads", default=self.heads)
 
     @property
+    def mtp_layers(self) -> int:
+        """Layers behind the last that predict further tokens."""
+        return self.get("num_nextn_predict_layers", "num_mtp_layers", default=0)
+
+    @property
     def head_dim(self) -> int:
-        size = self.get("head_dim", default=self.need("hidden_size", "n_embd") // self.heads)
+        size = self.get("head_dim", default=self.need("hidden_size", "n_embd", "n_embed", "d_model") // self.heads)
         if not size:
             raise PlanError(
                 f"config.json: {self.heads} attention heads are more than its hidden size has values"
@@ -80,6 +89,10 @@ class Config:
 
 def _is_count(value: Any) -> bool:
     return type(value) is int and 0 < value < 2**31
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**31
 
 
 def is_number(value: Any) -> bool:

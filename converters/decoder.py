@@ -2,42 +2,47 @@
 
 from __future__ import annotations
 
-from llmcompress.converters.architecture import Rule, optional_keys, to
+from llmcompress.converters.architecture import Table, optional_keys, to
 from llmcompress.converters.config import Config
-from llmcompress.converters.rope import rope_keys, rope_notes
+from llmcompress.converters.rope import rope_keys, rope_notes, rotary_dimensions
 
 from llmcompress.errors import PlanError
-from llmcompress.gguf.value import Metadata, f32, u32
+from llmcompress.gguf.value import Metadata, ValueType, array, f32, u32
 
-EMBEDDING: dict[str, Rule | None] = {
+EMBEDDING: Table = {
     "embed_tokens": to("token_embd"),
     "norm": to("output_norm"),
     "lm_head": to("output"),
     "layers.{i}.self_attn.rotary_emb.inv_freq": None,  # a buffer that old releases saved
 }
-ATTENTION: dict[str, Rule | None] = {
+ATTENTION: Table = {
     "layers.{i}.input_layernorm": to("blk.{i}.attn_norm"),
     "layers.{i}.self_attn.q_proj": to("blk.{i}.attn_q"),
     "layers.{i}.self_attn.k_proj": to("blk.{i}.attn_k"),
     "layers.{i}.self_attn.v_proj": to("blk.{i}.attn_v"),
     "layers.{i}.self_attn.o_proj": to("blk.{i}.attn_output"),
 }
-QK_NORM: dict[str, Rule | None] = {
+QK_NORM: Table = {
     "layers.{i}.self_attn.q_norm": to("blk.{i}.attn_q_norm"),
     "layers.{i}.self_attn.k_norm": to("blk.{i}.attn_k_norm"),
 }
-MLP: dict[str, Rule | None] = {
+MLP: Table = {
     "layers.{i}.post_attention_layernorm": to("blk.{i}.ffn_norm"),
     "layers.{i}.mlp.gate_proj": to("blk.{i}.ffn_gate"),
     "layers.{i}.mlp.up_proj": to("blk.{i}.ffn_up"),
     "layers.{i}.mlp.down_proj": to("blk.{i}.ffn_down"),
 }
-FUSED_EXPERTS: dict[str, Rule | None] = {  # the 3-D parameters of transformers 5
+FUSED_EXPERTS: Table = {  # the 3-D parameters of transformers 5
     "layers.{i}.mlp.gate": to("blk.{i}.ffn_gate_inp"),
     "layers.{i}.mlp.experts.gate_up_proj": to("blk.{i}.ffn_gate_exps", "blk.{i}.ffn_up_exps"),
     "layers.{i}.mlp.experts.down_proj": to("blk.{i}.ffn_down_exps"),
 }
-
+EXPERTS: Table = FUSED_EXPERTS | {
+    "layers.{i}.post_attention_layernorm": to("blk.{i}.ffn_norm"),
+    "layers.{i}.mlp.experts.{e}.gate_proj": to("blk.{i}.ffn_gate_exps"),
+    "layers.{i}.mlp.experts.{e}.up_proj": to("blk.{i}.ffn_up_exps"),
+    "layers.{i}.mlp.experts.{e}.down_proj": to("blk.{i}.ffn_down_exps"),
+}
 
 QKV_BIASES = frozenset({"attn_q", "attn_k", "attn_v"})
 
@@ -45,12 +50,12 @@ QKV_BIASES = frozenset({"attn_q", "attn_k", "attn_v"})
 def decoder_keys(config: Config) -> Metadata:
     """What llama.cpp reads of every decoder, each value under any of the names it goes by."""
     rms = config.get("rms_norm_eps")
-    layer_norm = config.get("layer_norm_epsilon", "layer_norm_eps")
+    layer_norm = config.get("layer_norm_epsilon", "layer_norm_eps", "norm_epsilon", "norm_eps")
     return optional_keys({
         "vocab_size": u32(config.need("vocab_size")),
-        "context_length": u32(config.need("max_position_embeddings", "n_positions", "n_ctx")),
-        "embedding_length": u32(config.need("hidden_size", "n_embd")),
-        "block_count": u32(config.need("num_hidden_layers", "n_layer")),
+        "context_length": u32(config.need("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length")),
+        "embedding_length": u32(config.need("hidden_size", "n_embd", "d_model")),
+        "block_count": u32(config.need("num_hidden_layers", "n_layer", "n_layers")),
         "feed_forward_length": u32(config.get("intermediate_size", "n_inner", default=4 * config.get("n_embd", default=0))),
         "attention.head_count": u32(config.heads),
         "attention.head_count_kv": u32(config.kv_heads),
@@ -93,3 +98,29 @@ def attention_notes(config: Config) -> list[str]:
 
 def rotary_decoder_keys(config: Config, rope_tensors: bool = False) -> Metadata:
     return decoder_keys(config) | rope_keys(config, rope_tensors)
+
+
+def partly_rotary_keys(config: Config) -> Metadata:
+    """For families whose heads turn in part."""
+    return rotary_decoder_keys(config) | {"rope.dimension_count": u32(rotary_dimensions(config))}
+
+
+def layer_kinds(config: Config) -> list[str]:
+    """Whether each layer's attention slides, in transformers' words: `layer_types`, or by `sliding_window_pattern`."""
+    layers, pattern = config.need("num_hidden_layers"), config.get("sliding_window_pattern", default=0)
+    usual = [
+        "full_attention" if not pattern or (layer + 1) % pattern == 0 else "sliding_attention"
+        for layer in range(layers)
+    ]
+    kinds = config.get("layer_types", default=usual)
+    if len(kinds) != layers:
+        raise PlanError(f"config.json: layer_types has {len(kinds)} layers, num_hidden_layers is {layers}")
+    return kinds
+
+
+def sliding_keys(config: Config) -> Metadata:
+    slides = [kind == "sliding_attention" for kind in layer_kinds(config)]
+    return {
+        "attention.sliding_window": u32(config.need("sliding_window")),
+        "attention.sliding_window_pattern": array(ValueType.BOOL, slides),
+    }

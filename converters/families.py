@@ -4,11 +4,27 @@ from __future__ import annotations
 
 from llmcompress.converters.architecture import Architecture, steps_of
 from llmcompress.converters.config import Config
+from llmcompress.converters.arcee import ARCEE
+from llmcompress.converters.bloom import BLOOM
+from llmcompress.converters.cohere import COHERE, COHERE2
+from llmcompress.converters.ernie import ERNIE4_5
+from llmcompress.converters.exaone import EXAONE4
+from llmcompress.converters.falcon import FALCON
 from llmcompress.converters.gemma import GEMMA2, GEMMA3
+from llmcompress.converters.glm import GLM, GLM4
+from llmcompress.converters.gpt_neox import GPT_NEOX
+from llmcompress.converters.granite import GRANITE, GRANITE_MOE
+from llmcompress.converters.mpt import MPT
+from llmcompress.converters.nemotron import NEMOTRON
+from llmcompress.converters.olmo import OLMO2, OLMO3, OLMOE
+from llmcompress.converters.seed_oss import SEED_OSS
+from llmcompress.converters.smollm3 import SMOLLM3
+from llmcompress.converters.stablelm import STABLELM
+from llmcompress.converters.starcoder2 import STARCODER2
 from llmcompress.converters.gpt2 import GPT2
 from llmcompress.converters.llama import LLAMA, MISTRAL
 from llmcompress.converters.mixtral import MIXTRAL
-from llmcompress.converters.phi import PHI3
+from llmcompress.converters.phi import PHI2, PHI3
 from llmcompress.converters.qwen import QWEN2, QWEN3, QWEN3_MOE
 
 from llmcompress.checkpoint import Checkpoint
@@ -24,8 +40,30 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     QWEN3_MOE,
     GEMMA2,
     GEMMA3,
+    PHI2,
     PHI3,
     GPT2,
+    GPT_NEOX,
+    BLOOM,
+    MPT,
+    FALCON,
+    STARCODER2,
+    STABLELM,
+    SMOLLM3,
+    ARCEE,
+    SEED_OSS,
+    OLMO2,
+    OLMO3,
+    OLMOE,
+    GRANITE,
+    GRANITE_MOE,
+    COHERE,
+    COHERE2,
+    NEMOTRON,
+    EXAONE4,
+    GLM,
+    GLM4,
+    ERNIE4_5,
 )
 CLASSES: dict[str, Architecture] = {name: family for family in ARCHITECTURES for name in family.classes}
 

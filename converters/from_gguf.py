@@ -82,25 +82,35 @@ class DecodedGGUF:
 
     def _fill_from_rows(self, out: np.ndarray, first: int, part: Part) -> None:
         """Put the rows of `part` that lie in `out`, which begins at row `first`, in their places."""
-        begin = max(first, part.first) - part.first
-        end = min(first + len(out), part.first + part.rows) - part.first
-        group = part.step.operation.group
+        piece, operation = part.piece, part.step.operation
+        begin = max(0, -((piece.first - first) // piece.stride))
+        end = min(piece.rows, -((piece.first - first - len(out)) // piece.stride))
+        columns = _columns_of(operation, piece.tensor.columns)
         height = slab_rows(part.step, SLAB_WEIGHTS)
-        for at in range(begin // group * group, end, height):  # whole groups, which are put in order
-            rows = min(height, -(-end // group) * group - at)
+        whole = operation.group
+        for at in range(begin // whole * whole, end, height):  # whole groups, which are put in order
+            rows = min(height, -(-end // whole) * whole - at)
             values = self._decode(part.step, part.start + at, rows)
             low, high = max(at, begin), min(at + rows, end)
-            target = part.first - first
-            out[target + low : target + high] = values[low - at : high - at]
+            target = slice(
+                piece.first - first + low * piece.stride,
+                piece.first - first + (high - 1) * piece.stride + 1,
+                piece.stride,
+            )
+            out[target, columns] = values[low - at : high - at]
 
     def _fill_from_columns(self, out: np.ndarray, first: int, part: Part) -> None:
         """The same where rows of `out` are columns of the GGUF tensor, and `part` some columns of `out`."""
-        height = max(1, SLAB_WEIGHTS // max(1, len(out)))
-        for at in range(0, part.rows if len(out) else 0, height):
-            rows = min(height, part.rows - at)
-            columns = slice(first, first + len(out))
+        piece = part.piece
+        begin, end = max(first, piece.top), min(first + len(out), piece.top + part.step.columns)
+        height = max(1, SLAB_WEIGHTS // max(1, end - begin))
+        columns = slice(begin - piece.top, end - piece.top)
+        for at in range(0, piece.rows if begin < end else 0, height):
+            rows = min(height, piece.rows - at)
             values = self._decode(part.step, part.start + at, rows, columns)
-            out[:, part.first + at : part.first + at + rows] = values.T
+            target = piece.first + at * piece.stride
+            chosen = slice(target, target + (rows - 1) * piece.stride + 1, piece.stride)
+            out[begin - first : end - first, chosen] = values.T
 
     def _decode(self, step: Step, first: int, rows: int, columns: slice | None = None) -> np.ndarray:
         """Rows of a GGUF tensor, cut to `columns`, with the step's operation undone but for the transposition:
@@ -117,7 +127,7 @@ class DecodedGGUF:
             )
         if step.operation.compute:
             values = step.operation.inverse(values)
-        return _in_order(values, step.operation) if step.operation.arrange else values
+        return _in_order(values, step.operation) if step.operation.group > 1 else values
 
 
 def _close(files: list[GGUFFile]) -> None:
@@ -134,7 +144,13 @@ def _some_columns(grid: Grid, data: np.ndarray, columns: slice) -> np.ndarray:
 
 
 def _in_order(values: np.ndarray, operation: Operation) -> np.ndarray:
-    """Undo `arrange`, known by what it does to numbers: of rows, or of columns where a group is one row."""
-    axis = 0 if operation.group > 1 else 1
-    numbers = np.arange(values.shape[axis]).reshape((-1, 1) if axis == 0 else (1, -1))
-    return np.take(values, np.argsort(operation.arrange(numbers).ravel()), axis)
+    """Undo what `arrange` does to rows, known by what it does to numbers."""
+    numbers = np.arange(len(values)).reshape(-1, 1)
+    return np.take(values, np.argsort(operation.arrange(numbers).ravel()), 0)
+
+
+def _columns_of(operation: Operation, columns: int) -> np.ndarray | slice:
+    """The source's columns that an operation within rows takes, in its order, known by what it does to numbers."""
+    if operation.arrange is None or operation.group > 1:
+        return slice(None)
+    return operation.arrange(np.arange(columns).reshape(1, -1)).ravel()

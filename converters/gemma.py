@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from llmcompress.converters.architecture import Architecture, optional_keys, plus_one, to
+from llmcompress.converters.architecture import Architecture, optional_keys, to
 from llmcompress.converters.config import Config
 from llmcompress.converters.decoder import ATTENTION, EMBEDDING, MLP, rotary_decoder_keys
-from llmcompress.converters.rope import rope_notes, rope_parameters
+from llmcompress.converters.operations import plus_one
+from llmcompress.converters.rope import require_plain_sliding_rope, rope_notes
 
 from llmcompress.errors import PlanError, shown
 from llmcompress.gguf.value import Metadata, f32, u32
@@ -29,20 +30,7 @@ def gemma_keys(config: Config) -> Metadata:
 
 
 def gemma3_keys(config: Config) -> Metadata:
-    return gemma_keys(config) | {"rope.freq_base_swa": f32(_local_base(config))}
-
-
-def _local_base(config: Config) -> float:
-    """The base of the sliding layers' rope. Raises PlanError for one that is scaled, which llama.cpp does not do."""
-    found = config.get("rope_parameters", default={}).get("sliding_attention")
-    if not isinstance(found, dict) or "rope_theta" not in found:
-        return config.get("rope_local_base_freq", default=10000.0)
-    local = rope_parameters(config, "sliding_attention")
-    if local["rope_type"] != "default":
-        raise PlanError(
-            f"config.json: sliding layers have {local['rope_type']} rope, llama.cpp would compute default rope"
-        )
-    return local["rope_theta"]
+    return gemma_keys(config) | {"rope.freq_base_swa": f32(require_plain_sliding_rope(config))}
 
 
 def _check_attention(config: Config, largest_layers: int, pattern: int) -> list[str]:
@@ -101,7 +89,7 @@ GEMMA3 = Architecture(
         "layers.{i}.self_attn.k_norm": to("blk.{i}.attn_k_norm", operation=plus_one),
     },
     keys=gemma3_keys,
-    defaults=_DEFAULTS | {"max_position_embeddings": 131072, "rope_theta": 1e6},
+    defaults=_DEFAULTS | {"max_position_embeddings": 131072, "rope_theta": 1e6, "rope_local_base_freq": 10000.0},
     assumes=_ASSUMES | {"use_bidirectional_attention": (False,)},
     check=lambda config: _check_attention(config, largest_layers=62, pattern=6),
     tokens_decide_rows=True,

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from llmcompress.converters.architecture import Architecture, conv1d, to
+from llmcompress.converters.architecture import Architecture, to
 from llmcompress.converters.config import Config
 from llmcompress.converters.decoder import decoder_keys
+from llmcompress.converters.operations import transposed
 
 from llmcompress.errors import PlanError
 
@@ -29,11 +30,11 @@ GPT2 = Architecture(
         "ln_f": to("output_norm"),
         "lm_head": to("output"),
         "h.{i}.ln_1": to("blk.{i}.attn_norm"),
-        "h.{i}.attn.c_attn": to("blk.{i}.attn_qkv", operation=conv1d),
-        "h.{i}.attn.c_proj": to("blk.{i}.attn_output", operation=conv1d),
+        "h.{i}.attn.c_attn": to("blk.{i}.attn_qkv", cut=transposed),
+        "h.{i}.attn.c_proj": to("blk.{i}.attn_output", cut=transposed),
         "h.{i}.ln_2": to("blk.{i}.ffn_norm"),
-        "h.{i}.mlp.c_fc": to("blk.{i}.ffn_up", operation=conv1d),
-        "h.{i}.mlp.c_proj": to("blk.{i}.ffn_down", operation=conv1d),
+        "h.{i}.mlp.c_fc": to("blk.{i}.ffn_up", cut=transposed),
+        "h.{i}.mlp.c_proj": to("blk.{i}.ffn_down", cut=transposed),
         "h.{i}.attn.bias": None,  # the causal mask, a buffer
         "h.{i}.attn.masked_bias": None,
     },

@@ -20,7 +20,7 @@ from llmcompress.checkpoint import Checkpoint
 from llmcompress.errors import GGUFError, nearest, shown
 from llmcompress.gguf.reader import GGUFFile, StoredTensor
 from llmcompress.grids import GRIDS
-from llmcompress.step import Step
+from llmcompress.step import Piece, Step
 from llmcompress.tensor_info import TensorInfo
 
 EMBEDDING, HEAD = "token_embd.weight", "output.weight"
@@ -31,11 +31,9 @@ REMEDY = "give the checkpoint that the file was made from"
 
 @dataclass(frozen=True)
 class Part:
-    """`rows` rows from `first` on of a checkpoint's tensor (columns, under a transposed operation) that are the
-    rows from `start` on of the GGUF tensor `step` makes."""
+    """A piece of a checkpoint's tensor that is the rows from `start` on of the GGUF tensor `step` makes."""
 
-    first: int
-    rows: int
+    piece: Piece
     step: Step
     start: int
 
@@ -67,9 +65,10 @@ class DecodedTensor:
     @property
     def stored_rows(self) -> int:
         """Rows that the file has: all, but for embeddings it was given without the rows that no token uses."""
-        if self.parts[0].step.operation.transposed:
+        if any(part.step.operation.transposed for part in self.parts):
             return self.rows
-        return max(part.first + part.rows for part in self.parts)
+        pieces = [part.piece for part in self.parts]
+        return max(piece.first + (piece.rows - 1) * piece.stride + 1 for piece in pieces)
 
 
 def match(files: Sequence[GGUFFile], reference: Checkpoint) -> tuple[dict[str, DecodedTensor], list[str]]:
@@ -201,6 +200,6 @@ def _inverted(steps: Iterable[Step]) -> dict[str, DecodedTensor]:
         start = 0
         for piece in step.pieces:
             sources[piece.tensor.name] = piece.tensor
-            parts.setdefault(piece.tensor.name, []).append(Part(piece.first, piece.rows, step, start))
+            parts.setdefault(piece.tensor.name, []).append(Part(piece, step, start))
             start += piece.rows
     return {name: DecodedTensor(source, tuple(parts[name])) for name, source in sources.items()}

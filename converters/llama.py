@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from llmcompress.converters.architecture import Architecture, rotary, to
+from llmcompress.converters.architecture import Architecture, to
 from llmcompress.converters.config import Config
 from llmcompress.converters.decoder import (
     ATTENTION,
@@ -14,6 +14,7 @@ from llmcompress.converters.decoder import (
     attention_notes,
     rotary_decoder_keys,
 )
+from llmcompress.converters.operations import rotary
 from llmcompress.converters.rope import rope_tensors, rotary_dimensions
 
 from llmcompress.errors import PlanError

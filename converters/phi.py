@@ -1,18 +1,20 @@
-"""Phi-3."""
+"""Phi-2 and Phi-3."""
 
 from __future__ import annotations
 
-from llmcompress.converters.architecture import Architecture, to
+from llmcompress.converters.architecture import Architecture, to, without
 from llmcompress.converters.config import Config
 from llmcompress.converters.decoder import (
     ATTENTION,
     EMBEDDING,
     MLP,
+    QKV_BIASES,
     attention_notes,
     check_square_attention,
+    partly_rotary_keys,
     rotary_decoder_keys,
 )  # fmt: skip
-from llmcompress.converters.rope import rope_tensors, rotary_dimensions
+from llmcompress.converters.rope import rope_notes, rope_tensors, rotary_dimensions
 
 from llmcompress.gguf.value import Metadata, u32
 
@@ -29,18 +31,30 @@ def phi3_keys(config: Config) -> Metadata:
     )
 
 
-def _without_split(table: dict, *modules: str) -> dict:
-    """A decoder's table without the modules that Phi-3 keeps fused."""
-    return {module: rule for module, rule in table.items() if not module.endswith(modules)}
-
+PHI2 = Architecture(
+    name="phi2",
+    classes=("PhiForCausalLM",),
+    prefix="model.",
+    tensors=EMBEDDING | without(ATTENTION, "o_proj") | {
+        "final_layernorm": to("output_norm"),
+        "layers.{i}.self_attn.dense": to("blk.{i}.attn_output"),
+        "layers.{i}.mlp.fc1": to("blk.{i}.ffn_up"),  # reads the norm that attention reads
+        "layers.{i}.mlp.fc2": to("blk.{i}.ffn_down"),
+    },
+    keys=partly_rotary_keys,
+    biases=QKV_BIASES | {"attn_norm", "attn_output", "ffn_up", "ffn_down", "output_norm", "output"},
+    defaults={"layer_norm_eps": 1e-5, "max_position_embeddings": 2048, "partial_rotary_factor": 0.5},
+    assumes={"hidden_act": ("gelu_new",), "qk_layernorm": (False,), "tie_word_embeddings": (False,)},
+    check=lambda config: check_square_attention(config) + rope_notes(config),
+)  # fmt: skip
 
 PHI3 = Architecture(
     name="phi3",
     classes=("Phi3ForCausalLM",),
     prefix="model.",
-    tensors=EMBEDDING | _without_split(ATTENTION, "q_proj", "k_proj", "v_proj") | {
+    tensors=EMBEDDING | without(ATTENTION, "q_proj", "k_proj", "v_proj") | {
         "layers.{i}.self_attn.qkv_proj": to("blk.{i}.attn_qkv"),
-    } | _without_split(MLP, "gate_proj", "up_proj") | {
+    } | without(MLP, "gate_proj", "up_proj") | {
         "layers.{i}.mlp.gate_up_proj": to("blk.{i}.ffn_up"),  # ggml splits it after the product
     },
     keys=phi3_keys,

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from llmcompress.converters.architecture import Architecture, to
+from llmcompress.converters.architecture import Architecture
 from llmcompress.converters.config import Config
 from llmcompress.converters.decoder import (
     ATTENTION,
     EMBEDDING,
-    FUSED_EXPERTS,
+    EXPERTS,
     MLP,
     QK_NORM,
     QKV_BIASES,
@@ -61,12 +61,7 @@ QWEN3_MOE = Architecture(
     name="qwen3moe",
     classes=("Qwen3MoeForCausalLM",),
     prefix="model.",
-    tensors=EMBEDDING | ATTENTION | QK_NORM | FUSED_EXPERTS | {
-        "layers.{i}.post_attention_layernorm": to("blk.{i}.ffn_norm"),
-        "layers.{i}.mlp.experts.{e}.gate_proj": to("blk.{i}.ffn_gate_exps"),
-        "layers.{i}.mlp.experts.{e}.up_proj": to("blk.{i}.ffn_up_exps"),
-        "layers.{i}.mlp.experts.{e}.down_proj": to("blk.{i}.ffn_down_exps"),
-    },
+    tensors=EMBEDDING | ATTENTION | QK_NORM | EXPERTS,
     keys=qwen3_moe_keys,
     defaults=_DEFAULTS | {"num_key_value_heads": 4, "norm_topk_prob": False, "num_experts": 128, "num_experts_per_tok": 8},
     assumes={

@@ -75,6 +75,19 @@ def rope_notes(config: Config) -> list[str]:
     return []
 
 
+def require_plain_sliding_rope(config: Config) -> float:
+    """The base of the sliding layers' rope. Raises PlanError for one that is scaled, which llama.cpp does not do."""
+    found = config.get("rope_parameters", default={}).get("sliding_attention")
+    if not isinstance(found, dict) or "rope_theta" not in found:
+        return config.get("rope_local_base_freq", "rope_theta", default=_DEFAULT_BASE)
+    local = rope_parameters(config, "sliding_attention")
+    if local["rope_type"] != "default":
+        raise PlanError(
+            f"config.json: sliding layers have {local['rope_type']} rope, llama.cpp would compute default rope"
+        )
+    return local["rope_theta"]
+
+
 def rope_tensors(config: Config) -> dict[str, np.ndarray]:
     """Factors by which ggml divides each frequency, float32 `(rotary dimensions / 2,)`.
 
@@ -93,9 +106,8 @@ def rope_tensors(config: Config) -> dict[str, np.ndarray]:
 
 def rotary_dimensions(config: Config) -> int:
     """How many of a head's dimensions are rotated."""
-    share = config.get(
-        "partial_rotary_factor", default=rope_parameters(config).get("partial_rotary_factor", 1.0)
-    )
+    share = rope_parameters(config).get("partial_rotary_factor")
+    share = share or config.get("partial_rotary_factor", "rotary_pct", default=1.0)
     return int(config.head_dim * share)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from llmcompress.errors import PlanError
@@ -11,10 +12,15 @@ from llmcompress.gguf.value import Metadata
 from llmcompress.step import Step
 
 
-def check_shapes(steps: Sequence[Step], keys: Metadata, tokens: int) -> None:
-    """`keys` are those of an architecture without its name. Raises PlanError for the first step of another shape."""
-    expected = _expected({key: value.value for key, value in keys.items()}, tokens)
+def check_shapes(
+    steps: Sequence[Step], keys: Metadata, tokens: int, more: Mapping[str, tuple[int, ...]] = MappingProxyType({})
+) -> None:
+    """`keys` are those of an architecture without its name; `more` are its own shapes of modules, which win. Raises
+    PlanError for the first step of another shape."""
     for step in steps:
+        layer = re.match(r"blk\.(\d+)\.", step.name)
+        values = {key: _of_layer(value.value, int(layer[1]) if layer else 0) for key, value in keys.items()}
+        expected = _expected(values, tokens) | dict(more)
         module, _, kind = re.sub(r"^blk\.\d+\.", "", step.name).rpartition(".")
         wanted = expected.get(module, step.shape)[: 1 if kind == "bias" else None]
         if step.pieces and step.shape != wanted:
@@ -24,10 +30,17 @@ def check_shapes(steps: Sequence[Step], keys: Metadata, tokens: int) -> None:
             )
 
 
+def _of_layer(value: Any, layer: int) -> Any:
+    """A key's value for one layer, of which some keys have one each."""
+    return value[min(layer, len(value) - 1)] if isinstance(value, list) and value else value
+
+
 def _expected(keys: Mapping[str, Any], tokens: int) -> dict[str, tuple[int, ...]]:
     """The shape of each module's weight; a bias has as many values as that has rows."""
-    hidden, size, inner = keys["embedding_length"], keys["attention.key_length"], keys["feed_forward_length"]
-    query, key = keys["attention.head_count"] * size, keys["attention.head_count_kv"] * size
+    hidden, inner = keys["embedding_length"], keys.get("feed_forward_length", 0)
+    size, value_size = keys.get("attention.key_length", 0), keys.get("attention.value_length", 0)
+    heads, kv_heads = keys.get("attention.head_count", 0), keys.get("attention.head_count_kv", 0)
+    query, key = heads * size, kv_heads * size
     experts, expert_inner = keys.get("expert_count", 0), keys.get("expert_feed_forward_length", inner)
     return {
         "token_embd": (tokens, hidden),
@@ -39,9 +52,9 @@ def _expected(keys: Mapping[str, Any], tokens: int) -> dict[str, tuple[int, ...]
         **dict.fromkeys(("attn_q_norm", "attn_k_norm"), (size,)),
         "attn_q": (query, hidden),
         "attn_k": (key, hidden),
-        "attn_v": (key, hidden),
-        "attn_qkv": (query + 2 * key, hidden),
-        "attn_output": (hidden, query),
+        "attn_v": (kv_heads * value_size, hidden),
+        "attn_qkv": (query + key + kv_heads * value_size, hidden),
+        "attn_output": (hidden, heads * value_size),
         "ffn_gate": (inner, hidden),  # ffn_up may hold the gate, too
         "ffn_down": (hidden, inner),
         "ffn_gate_inp": (experts, hidden),

@@ -70,12 +70,15 @@ def read_slab(checkpoint: Checkpoint, step: Step, slab: Slab) -> Weights:
             step, step.computed.reshape(step.rows, step.columns)[slab.first : slab.first + slab.rows], "F32"
         )
     piece, first = _piece_at(step, slab)
-    read = _read_transposed if step.operation.transposed else _read_rows
-    raw = read(checkpoint, piece, first, slab.rows)
+    if step.operation.transposed:
+        raw = _read_transposed(checkpoint, piece, first, slab.rows, step.columns)
+    else:
+        raw = _read_rows(checkpoint, piece, first, slab.rows)
     bad = first_nonfinite(raw, step.dtype)
     if bad >= 0:
-        row, column = divmod(bad, step.columns)
-        row, column = (column, first + row) if step.operation.transposed else (first + row, column)
+        row, column = divmod(bad, raw.shape[1])
+        row = first + row * piece.stride
+        row, column = (piece.top + column, row) if step.operation.transposed else (row, column)
         raise RunError(
             f"{piece.tensor.file}: tensor {piece.tensor.name!r} holds a NaN or infinity (row {row}, column {column}); "
             "the checkpoint is damaged: fetch or train it again"
@@ -91,21 +94,25 @@ def _piece_at(step: Step, slab: Slab) -> tuple[Piece, int]:
     first = slab.first
     for piece in step.pieces:
         if first < piece.rows:
-            return piece, piece.first + first
+            return piece, piece.first + first * piece.stride
         first -= piece.rows
     raise IndexError(f"{step.name}: no row {slab.first}")
 
 
 def _read_rows(checkpoint: Checkpoint, piece: Piece, first: int, rows: int) -> np.ndarray:
-    return checkpoint.read(piece.tensor.name, first, rows)
+    if piece.stride == 1:
+        return checkpoint.read(piece.tensor.name, first, rows)
+    read = checkpoint.read(piece.tensor.name, first, (rows - 1) * piece.stride + 1)
+    return np.ascontiguousarray(read[:: piece.stride])
 
 
-def _read_transposed(checkpoint: Checkpoint, piece: Piece, first: int, rows: int) -> np.ndarray:
-    """Columns `first` to `first + rows` of the source as rows, read through without holding all of it."""
+def _read_transposed(checkpoint: Checkpoint, piece: Piece, first: int, rows: int, length: int) -> np.ndarray:
+    """Columns `first` to `first + rows` of `length` rows of the source as rows, read through without holding all of it."""
     source = piece.tensor
-    out = np.empty((rows, source.rows), READABLE[source.dtype])
+    chosen = slice(first, first + (rows - 1) * piece.stride + 1, piece.stride)
+    out = np.empty((rows, length), READABLE[source.dtype])
     height = max(1, _CHUNK // (source.columns * out.itemsize))
-    for top in range(0, source.rows, height):
-        chunk = checkpoint.read(source.name, top, min(height, source.rows - top))
-        out[:, top : top + len(chunk)] = chunk[:, first : first + rows].T
+    for top in range(0, length, height):
+        chunk = checkpoint.read(source.name, piece.top + top, min(height, length - top))
+        out[:, top : top + len(chunk)] = chunk[:, chosen].T
     return out

@@ -34,11 +34,14 @@ COPY = Operation("copy")
 
 @dataclass(frozen=True)
 class Piece:
-    """`rows` rows of a source tensor from row `first` on; of its transpose under a transposed operation."""
+    """`rows` rows of a source tensor from row `first` on, each `stride`th; under a transposed operation, columns
+    of the source's matrix that begins at row `top`."""
 
     tensor: TensorInfo
     first: int
     rows: int
+    stride: int = 1
+    top: int = 0
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,8 @@ def stored_type(step: Step) -> str:
     if step.packed:
         return step.packed
     kept = step.name in NEVER_QUANTIZED_NAMES or any(part in step.name for part in NEVER_QUANTIZED)
-    return "F32" if kept or len(step.shape) == 1 or step.computed is not None else step.dtype
+    weight = step.name.endswith(".weight") and len(step.shape) > 1  # all else is added, or scales
+    return "F32" if kept or not weight or step.computed is not None else step.dtype
 
 
 def slabs_of(index: int, step: Step, slab_weights: int) -> Iterator[Slab]:

@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from llama_cpp import Model
+from tiny_families import MORE
 from tiny_models import BYTE_BPE, FUSED, MODELS, SENTENCEPIECE, build
 
 import llmcompress
@@ -62,6 +63,22 @@ def test_f32_logits_are_transformers_logits(name: str, tokenizers: dict[str, Pat
     assert max(tensor.relative_error for tensor in result.outputs[0].tensors) == 0
     with Model(result.paths[0]) as model:
         assert_same_logits(model.logits(ids), expected(folder, ids), 1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MORE)
+def test_logits_are_transformers_and_a_k_type_runs(
+    name: str, tokenizers: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = build(name, tmp_path / "tiny", tokenizers, models=MORE)
+    ids = ids_of(folder)
+    result = llmcompress.quantize(folder, tmp_path / "{type}.gguf", type=["F32", "Q4_K_M"], verify="full")
+    assert max(tensor.relative_error for tensor in result.outputs[0].tensors) == 0
+    wanted = expected(folder, ids)
+    with Model(result.paths[0]) as model:
+        assert_same_logits(model.logits(ids), wanted, 1e-3)
+    with Model(result.paths[1]) as model:
+        assert np.abs(model.logits(ids) - wanted).mean() < 0.1 * np.ptp(wanted)
 
 
 @pytest.mark.slow

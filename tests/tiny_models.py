@@ -41,7 +41,7 @@ SENTENCEPIECE = "SentencePiece"
 Make = Callable[[int], transformers.PreTrainedModel]
 
 
-def _model(kind: str, config: str, **values: Any) -> Make:
+def model(kind: str, config: str, **values: Any) -> Make:
     def make(tokens: int) -> transformers.PreTrainedModel:
         settings = getattr(transformers, config)(
             vocab_size=tokens,
@@ -57,43 +57,43 @@ def _model(kind: str, config: str, **values: Any) -> Make:
 
 
 MODELS: dict[str, tuple[Make, str]] = {
-    "llama": (_model("LlamaForCausalLM", "LlamaConfig", **SIZE, tie_word_embeddings=False), SENTENCEPIECE),
-    "llama-tied": (_model("LlamaForCausalLM", "LlamaConfig", **SIZE, tie_word_embeddings=True), BYTE_BPE),
+    "llama": (model("LlamaForCausalLM", "LlamaConfig", **SIZE, tie_word_embeddings=False), SENTENCEPIECE),
+    "llama-tied": (model("LlamaForCausalLM", "LlamaConfig", **SIZE, tie_word_embeddings=True), BYTE_BPE),
     "llama-bias": (
-        _model("LlamaForCausalLM", "LlamaConfig", **SIZE, attention_bias=True, mlp_bias=False),
+        model("LlamaForCausalLM", "LlamaConfig", **SIZE, attention_bias=True, mlp_bias=False),
         SENTENCEPIECE,
     ),
-    "llama-3": (_model("LlamaForCausalLM", "LlamaConfig", **SIZE, rope_parameters=LLAMA3_ROPE), BYTE_BPE),
+    "llama-3": (model("LlamaForCausalLM", "LlamaConfig", **SIZE, rope_parameters=LLAMA3_ROPE), BYTE_BPE),
     "llama-linear": (
-        _model("LlamaForCausalLM", "LlamaConfig", **SIZE,
+        model("LlamaForCausalLM", "LlamaConfig", **SIZE,
                rope_parameters={"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}),
         BYTE_BPE,
     ),
-    "mistral": (_model("MistralForCausalLM", "MistralConfig", **SIZE, head_dim=32, sliding_window=None), SENTENCEPIECE),
-    "qwen2": (_model("Qwen2ForCausalLM", "Qwen2Config", **SIZE), BYTE_BPE),
-    "llama-yarn": (_model("LlamaForCausalLM", "LlamaConfig", **SIZE, rope_parameters=YARN), BYTE_BPE),
+    "mistral": (model("MistralForCausalLM", "MistralConfig", **SIZE, head_dim=32, sliding_window=None), SENTENCEPIECE),
+    "qwen2": (model("Qwen2ForCausalLM", "Qwen2Config", **SIZE), BYTE_BPE),
+    "llama-yarn": (model("LlamaForCausalLM", "LlamaConfig", **SIZE, rope_parameters=YARN), BYTE_BPE),
     "qwen2-yarn": (
-        _model("Qwen2ForCausalLM", "Qwen2Config", **SIZE, rope_parameters=YARN | {"attention_factor": 1.5}), BYTE_BPE,
+        model("Qwen2ForCausalLM", "Qwen2Config", **SIZE, rope_parameters=YARN | {"attention_factor": 1.5}), BYTE_BPE,
     ),
-    "qwen3": (_model("Qwen3ForCausalLM", "Qwen3Config", **SIZE, head_dim=128, tie_word_embeddings=True), BYTE_BPE),
-    "gemma2": (_model("Gemma2ForCausalLM", "Gemma2Config", **SIZE, **GEMMA), SENTENCEPIECE),
+    "qwen3": (model("Qwen3ForCausalLM", "Qwen3Config", **SIZE, head_dim=128, tie_word_embeddings=True), BYTE_BPE),
+    "gemma2": (model("Gemma2ForCausalLM", "Gemma2Config", **SIZE, **GEMMA), SENTENCEPIECE),
     "gemma3": (
-        _model("Gemma3ForCausalLM", "Gemma3TextConfig", **SIZE | {"num_hidden_layers": 7}, **GEMMA),
+        model("Gemma3ForCausalLM", "Gemma3TextConfig", **SIZE | {"num_hidden_layers": 7}, **GEMMA),
         SENTENCEPIECE,
     ),
-    "phi3": (_model("Phi3ForCausalLM", "Phi3Config", **SIZE), SENTENCEPIECE),
+    "phi3": (model("Phi3ForCausalLM", "Phi3Config", **SIZE), SENTENCEPIECE),
     "phi3-longrope": (
-        _model("Phi3ForCausalLM", "Phi3Config", **SIZE | {"max_position_embeddings": 2048},
+        model("Phi3ForCausalLM", "Phi3Config", **SIZE | {"max_position_embeddings": 2048},
                original_max_position_embeddings=512, rope_parameters=LONGROPE),
         SENTENCEPIECE,
     ),
-    "gpt2": (_model("GPT2LMHeadModel", "GPT2Config", n_embd=256, n_layer=2, n_head=4, n_positions=512), BYTE_BPE),
+    "gpt2": (model("GPT2LMHeadModel", "GPT2Config", n_embd=256, n_layer=2, n_head=4, n_positions=512), BYTE_BPE),
     "mixtral": (
-        _model("MixtralForCausalLM", "MixtralConfig", **SIZE, num_local_experts=4, num_experts_per_tok=2),
+        model("MixtralForCausalLM", "MixtralConfig", **SIZE, num_local_experts=4, num_experts_per_tok=2),
         SENTENCEPIECE,
     ),
     "qwen3moe": (
-        _model("Qwen3MoeForCausalLM", "Qwen3MoeConfig", **SIZE, head_dim=64, num_experts=8, num_experts_per_tok=2,
+        model("Qwen3MoeForCausalLM", "Qwen3MoeConfig", **SIZE, head_dim=64, num_experts=8, num_experts_per_tok=2,
                moe_intermediate_size=256, norm_topk_prob=True),
         BYTE_BPE,
     ),
@@ -101,9 +101,15 @@ MODELS: dict[str, tuple[Make, str]] = {
 FUSED = ("mixtral", "qwen3moe")  # saved a second time with the 3-D expert tensors of transformers 5
 
 
-def build(name: str, folder: Path, tokenizers: dict[str, Path], dtype: torch.dtype = torch.float32) -> Path:
+def build(
+    name: str,
+    folder: Path,
+    tokenizers: dict[str, Path],
+    dtype: torch.dtype = torch.float32,
+    models: dict[str, tuple[Make, str]] = MODELS,
+) -> Path:
     """Save the model called `name` (with "-fused" behind it for 3-D experts) and its tokenizer in `folder`."""
-    make, kind = MODELS[name.removesuffix("-fused")]
+    make, kind = models[name.removesuffix("-fused")]
     torch.manual_seed(7)
     model = make(vocabulary_size(tokenizers[kind])).eval()
     with torch.no_grad():
