@@ -11,11 +11,11 @@ from llmcompress.errors import PlanError, shown
 _COUNTS = (
     "hidden_size", "n_embd", "d_model", "num_hidden_layers", "n_layer", "n_layers", "num_attention_heads", "n_head", "n_heads", "num_key_value_heads",
     "head_dim", "intermediate_size", "n_inner", "vocab_size", "max_position_embeddings", "n_positions", "n_ctx",
-    "original_max_position_embeddings", "sliding_window", "num_local_experts", "num_experts", "num_experts_per_tok",
+    "original_max_position_embeddings", "num_local_experts", "num_experts", "num_experts_per_tok",
     "moe_intermediate_size",
 )  # fmt: skip
 _SIZES = (
-    "sliding_window_pattern", "_sliding_window_pattern", "num_nextn_predict_layers", "first_k_dense_replace",
+    "sliding_window", "sliding_window_pattern", "_sliding_window_pattern", "num_nextn_predict_layers", "first_k_dense_replace",
     "shared_intermediate_size", "n_shared_experts", "num_shared_experts",
 )  # fmt: skip
 _NUMBERS = (

@@ -6,8 +6,8 @@ from llmcompress.converters.architecture import Table, optional_keys, to
 from llmcompress.converters.config import Config
 from llmcompress.converters.rope import rope_keys, rope_notes, rotary_dimensions
 
-from llmcompress.errors import PlanError
-from llmcompress.gguf.value import Metadata, ValueType, array, f32, u32
+from llmcompress.errors import PlanError, shown
+from llmcompress.gguf.value import Metadata, ValueType, array, boolean, f32, u32
 
 EMBEDDING: Table = {
     "embed_tokens": to("token_embd"),
@@ -36,6 +36,11 @@ FUSED_EXPERTS: Table = {  # the 3-D parameters of transformers 5
     "layers.{i}.mlp.gate": to("blk.{i}.ffn_gate_inp"),
     "layers.{i}.mlp.experts.gate_up_proj": to("blk.{i}.ffn_gate_exps", "blk.{i}.ffn_up_exps"),
     "layers.{i}.mlp.experts.down_proj": to("blk.{i}.ffn_down_exps"),
+}
+SHARED_EXPERTS: Table = {
+    "layers.{i}.mlp.shared_experts.gate_proj": to("blk.{i}.ffn_gate_shexp"),
+    "layers.{i}.mlp.shared_experts.up_proj": to("blk.{i}.ffn_up_shexp"),
+    "layers.{i}.mlp.shared_experts.down_proj": to("blk.{i}.ffn_down_shexp"),
 }
 EXPERTS: Table = FUSED_EXPERTS | {
     "layers.{i}.post_attention_layernorm": to("blk.{i}.ffn_norm"),
@@ -66,11 +71,40 @@ def decoder_keys(config: Config) -> Metadata:
     })  # fmt: skip
 
 
+SOFTMAX, SIGMOID, SOFTMAX_OF_CHOSEN = 1, 2, 3  # expert_gating_func
+
+
 def expert_keys(config: Config) -> Metadata:
-    experts, used = config.need("num_local_experts", "num_experts"), config.need("num_experts_per_tok")
-    if used > experts:
-        raise PlanError(f"config.json: num_experts_per_tok is {used}, of {experts} experts in all")
-    return {"expert_count": u32(experts), "expert_used_count": u32(used)}
+    experts = config.need("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+    used = config.need("num_experts_per_tok", "moe_k", "moe_topk")
+    used = used[0] if isinstance(used, list) and len(set(used)) == 1 else used
+    if type(used) is not int or not 0 < used <= experts:
+        raise PlanError(f"config.json: num_experts_per_tok is {shown(used)}, of {experts} experts in all")
+    inner = config.get("moe_intermediate_size")
+    inner = inner[0] if isinstance(inner, list) and len(set(inner)) == 1 else inner
+    return {"expert_count": u32(experts), "expert_used_count": u32(used)} | optional_keys(
+        {"expert_feed_forward_length": None if inner is None else u32(inner)}
+    )
+
+
+def routing_keys(config: Config, gating: int) -> Metadata:
+    """How experts are chosen and weighed, where that is not the same in all models of an architecture."""
+    groups, used = config.get("n_group", default=1), config.get("topk_group", default=1)
+    scale = config.get("routed_scaling_factor")
+    keys = {
+        "expert_gating_func": u32(gating),
+        "expert_weights_norm": boolean(config.get("norm_topk_prob", default=False)),
+    }
+    if groups > 1:
+        keys |= {"expert_group_count": u32(groups), "expert_group_used_count": u32(used)}
+    return keys | optional_keys({"expert_weights_scale": None if scale is None else f32(scale)})
+
+
+def leading_dense(config: Config) -> dict[str, range]:
+    """The first layers have one MLP, all others experts."""
+    layers = config.need("num_hidden_layers")
+    first = min(config.get("first_k_dense_replace", default=0), layers)
+    return {"dense": range(first), "experts": range(first, layers)}
 
 
 def check_square_attention(config: Config) -> list[str]:
@@ -88,7 +122,7 @@ def attention_notes(config: Config) -> list[str]:
     """What llama.cpp leaves out of the attention of Llama and its kin."""
     window, length = config.get("sliding_window"), config.need("max_position_embeddings")
     notes = rope_notes(config)
-    if window is None or window >= length:
+    if not window or window >= length:
         return notes
     return [
         f"sliding window of {window} tokens: llama.cpp attends to all tokens; contexts beyond it will differ",
@@ -100,9 +134,9 @@ def rotary_decoder_keys(config: Config, rope_tensors: bool = False) -> Metadata:
     return decoder_keys(config) | rope_keys(config, rope_tensors)
 
 
-def partly_rotary_keys(config: Config) -> Metadata:
+def partly_rotary_keys(config: Config, rope_tensors: bool = False) -> Metadata:
     """For families whose heads turn in part."""
-    return rotary_decoder_keys(config) | {"rope.dimension_count": u32(rotary_dimensions(config))}
+    return rotary_decoder_keys(config, rope_tensors) | {"rope.dimension_count": u32(rotary_dimensions(config))}
 
 
 def layer_kinds(config: Config) -> list[str]:

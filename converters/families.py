@@ -7,11 +7,11 @@ from llmcompress.converters.config import Config
 from llmcompress.converters.arcee import ARCEE
 from llmcompress.converters.bloom import BLOOM
 from llmcompress.converters.cohere import COHERE, COHERE2
-from llmcompress.converters.ernie import ERNIE4_5
+from llmcompress.converters.ernie import ERNIE4_5, ERNIE4_5_MOE
 from llmcompress.converters.exaone import EXAONE4
 from llmcompress.converters.falcon import FALCON
-from llmcompress.converters.gemma import GEMMA2, GEMMA3
-from llmcompress.converters.glm import GLM, GLM4
+from llmcompress.converters.gemma import GEMMA, GEMMA2, GEMMA3
+from llmcompress.converters.glm import GLM, GLM4, GLM4_MOE
 from llmcompress.converters.gpt_neox import GPT_NEOX
 from llmcompress.converters.granite import GRANITE, GRANITE_MOE
 from llmcompress.converters.mpt import MPT
@@ -21,11 +21,17 @@ from llmcompress.converters.seed_oss import SEED_OSS
 from llmcompress.converters.smollm3 import SMOLLM3
 from llmcompress.converters.stablelm import STABLELM
 from llmcompress.converters.starcoder2 import STARCODER2
+from llmcompress.converters.deepseek import DEEPSEEK2, DEEPSEEK3
+from llmcompress.converters.gpt_oss import GPT_OSS
+from llmcompress.converters.hunyuan import HUNYUAN_DENSE, HUNYUAN_MOE
+from llmcompress.converters.llama4 import LLAMA4
+from llmcompress.converters.minimax import MINIMAX_M2
+from llmcompress.converters.mistral3 import MISTRAL3
 from llmcompress.converters.gpt2 import GPT2
 from llmcompress.converters.llama import LLAMA, MISTRAL
 from llmcompress.converters.mixtral import MIXTRAL
-from llmcompress.converters.phi import PHI2, PHI3
-from llmcompress.converters.qwen import QWEN2, QWEN3, QWEN3_MOE
+from llmcompress.converters.phi import PHI2, PHI3, PHIMOE
+from llmcompress.converters.qwen import QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE
 
 from llmcompress.checkpoint import Checkpoint
 from llmcompress.errors import PlanError, nearest
@@ -34,14 +40,19 @@ from llmcompress.step import Step
 ARCHITECTURES: tuple[Architecture, ...] = (
     LLAMA,
     MISTRAL,
+    MISTRAL3,
     MIXTRAL,
+    LLAMA4,
     QWEN2,
+    QWEN2_MOE,
     QWEN3,
     QWEN3_MOE,
+    GEMMA,
     GEMMA2,
     GEMMA3,
     PHI2,
     PHI3,
+    PHIMOE,
     GPT2,
     GPT_NEOX,
     BLOOM,
@@ -63,7 +74,15 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     EXAONE4,
     GLM,
     GLM4,
+    GLM4_MOE,
     ERNIE4_5,
+    ERNIE4_5_MOE,
+    HUNYUAN_DENSE,
+    HUNYUAN_MOE,
+    MINIMAX_M2,
+    DEEPSEEK2,
+    DEEPSEEK3,
+    GPT_OSS,
 )
 CLASSES: dict[str, Architecture] = {name: family for family in ARCHITECTURES for name in family.classes}
 

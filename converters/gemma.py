@@ -1,4 +1,4 @@
-"""Gemma 2 and Gemma 3 (text)."""
+"""Gemma, Gemma 2 and Gemma 3 (text)."""
 
 from __future__ import annotations
 
@@ -66,6 +66,24 @@ def _check_caps(config: Config) -> list[str]:
 _DEFAULTS = {"rms_norm_eps": 1e-6, "num_key_value_heads": 4, "head_dim": 256, "sliding_window": 4096,
              "tie_word_embeddings": True}  # fmt: skip
 _ASSUMES = {"hidden_activation": ("gelu_pytorch_tanh",), "attention_bias": (False,)}
+
+GEMMA = Architecture(
+    name="gemma",
+    classes=("GemmaForCausalLM",),
+    prefix="model.",
+    tensors=EMBEDDING | ATTENTION | MLP | {
+        "norm": to("output_norm", operation=plus_one),
+        "layers.{i}.input_layernorm": to("blk.{i}.attn_norm", operation=plus_one),
+        "layers.{i}.post_attention_layernorm": to("blk.{i}.ffn_norm", operation=plus_one),
+    },
+    keys=rotary_decoder_keys,
+    defaults={
+        "rms_norm_eps": 1e-6, "max_position_embeddings": 8192, "num_key_value_heads": 16, "head_dim": 256,
+        "tie_word_embeddings": True,
+    },
+    assumes={"hidden_activation": ("gelu_pytorch_tanh",), "attention_bias": (False,), "tie_word_embeddings": (True,)},
+    check=rope_notes,
+)  # fmt: skip
 
 GEMMA2 = Architecture(
     name="gemma2",

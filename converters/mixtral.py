@@ -7,17 +7,19 @@ from llmcompress.converters.decoder import EMBEDDING, FUSED_EXPERTS, attention_n
 from llmcompress.converters.llama import ROTARY_ATTENTION, llama_keys
 from llmcompress.converters.rope import rope_tensors
 
+W_EXPERTS = FUSED_EXPERTS | {
+    "layers.{i}.post_attention_layernorm": to("blk.{i}.ffn_norm"),
+    "layers.{i}.block_sparse_moe.gate": to("blk.{i}.ffn_gate_inp"),
+    "layers.{i}.block_sparse_moe.experts.{e}.w1": to("blk.{i}.ffn_gate_exps"),
+    "layers.{i}.block_sparse_moe.experts.{e}.w2": to("blk.{i}.ffn_down_exps"),
+    "layers.{i}.block_sparse_moe.experts.{e}.w3": to("blk.{i}.ffn_up_exps"),
+}
+
 MIXTRAL = Architecture(
     name="llama",
     classes=("MixtralForCausalLM",),
     prefix="model.",
-    tensors=EMBEDDING | ROTARY_ATTENTION | FUSED_EXPERTS | {
-        "layers.{i}.post_attention_layernorm": to("blk.{i}.ffn_norm"),
-        "layers.{i}.block_sparse_moe.gate": to("blk.{i}.ffn_gate_inp"),
-        "layers.{i}.block_sparse_moe.experts.{e}.w1": to("blk.{i}.ffn_gate_exps"),
-        "layers.{i}.block_sparse_moe.experts.{e}.w2": to("blk.{i}.ffn_down_exps"),
-        "layers.{i}.block_sparse_moe.experts.{e}.w3": to("blk.{i}.ffn_up_exps"),
-    },
+    tensors=EMBEDDING | ROTARY_ATTENTION | W_EXPERTS,
     keys=lambda config: llama_keys(config) | expert_keys(config),
     computed=rope_tensors,
     defaults={

@@ -1,4 +1,4 @@
-"""Phi-2 and Phi-3."""
+"""Phi-2, Phi-3, and Phi-3.5 with experts."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ from llmcompress.converters.decoder import (
     QKV_BIASES,
     attention_notes,
     check_square_attention,
+    expert_keys,
     partly_rotary_keys,
     rotary_decoder_keys,
 )  # fmt: skip
+from llmcompress.converters.mixtral import W_EXPERTS
 from llmcompress.converters.rope import rope_notes, rope_tensors, rotary_dimensions
 
 from llmcompress.gguf.value import Metadata, u32
@@ -61,5 +63,21 @@ PHI3 = Architecture(
     computed=rope_tensors,
     defaults={"rms_norm_eps": 1e-5, "max_position_embeddings": 4096},
     assumes={"hidden_act": ("silu",)},
+    check=lambda config: check_square_attention(config) + attention_notes(config),
+)  # fmt: skip
+
+PHIMOE = Architecture(
+    name="phimoe",
+    classes=("PhiMoEForCausalLM", "PhimoeForCausalLM"),
+    prefix="model.",
+    tensors=EMBEDDING | ATTENTION | W_EXPERTS,
+    keys=lambda config: phi3_keys(config) | expert_keys(config),
+    computed=rope_tensors,
+    biases=QKV_BIASES | {"attn_norm", "attn_output", "ffn_norm", "output_norm", "output"},
+    defaults={
+        "rms_norm_eps": 1e-5, "max_position_embeddings": 131072, "num_key_value_heads": 8, "rope_theta": 1e6,
+        "num_local_experts": 16, "num_experts_per_tok": 2,
+    },
+    assumes={"hidden_act": ("silu",), "attention_bias": (True,), "lm_head_bias": (True,)},
     check=lambda config: check_square_attention(config) + attention_notes(config),
 )  # fmt: skip

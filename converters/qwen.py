@@ -1,8 +1,8 @@
-"""Qwen2, Qwen3 and Qwen3-MoE."""
+"""Qwen2 and Qwen3, and both with experts."""
 
 from __future__ import annotations
 
-from llmcompress.converters.architecture import Architecture
+from llmcompress.converters.architecture import Architecture, optional_keys, to
 from llmcompress.converters.config import Config
 from llmcompress.converters.decoder import (
     ATTENTION,
@@ -15,6 +15,7 @@ from llmcompress.converters.decoder import (
     expert_keys,
     rotary_decoder_keys,
 )  # fmt: skip
+from llmcompress.converters.operations import squeezed
 from llmcompress.converters.rope import rope_notes
 
 from llmcompress.gguf.value import Metadata, u32
@@ -27,11 +28,19 @@ def qwen_notes(config: Config) -> list[str]:
             *rope_notes(config)]  # fmt: skip
 
 
-def qwen3_moe_keys(config: Config) -> Metadata:
-    inner = {"expert_feed_forward_length": u32(config.need("moe_intermediate_size"))}
-    return rotary_decoder_keys(config) | expert_keys(config) | inner
+def qwen_moe_keys(config: Config) -> Metadata:
+    shared = config.get("shared_expert_intermediate_size")
+    return rotary_decoder_keys(config) | expert_keys(config) | optional_keys(
+        {"expert_shared_feed_forward_length": None if shared is None else u32(shared)}
+    )  # fmt: skip
 
 
+SHARED_EXPERT = {
+    "layers.{i}.mlp.shared_expert_gate": to("blk.{i}.ffn_gate_inp_shexp", cut=squeezed),
+    "layers.{i}.mlp.shared_expert.gate_proj": to("blk.{i}.ffn_gate_shexp"),
+    "layers.{i}.mlp.shared_expert.up_proj": to("blk.{i}.ffn_up_shexp"),
+    "layers.{i}.mlp.shared_expert.down_proj": to("blk.{i}.ffn_down_shexp"),
+}
 _DEFAULTS = {"rms_norm_eps": 1e-6, "max_position_embeddings": 32768, "num_key_value_heads": 32}
 
 QWEN2 = Architecture(
@@ -45,6 +54,23 @@ QWEN2 = Architecture(
     assumes={"hidden_act": ("silu",)},
     check=lambda config: check_square_attention(config) + qwen_notes(config),
 )
+
+QWEN2_MOE = Architecture(
+    name="qwen2moe",
+    classes=("Qwen2MoeForCausalLM",),
+    prefix="model.",
+    tensors=EMBEDDING | ATTENTION | EXPERTS | SHARED_EXPERT,
+    keys=qwen_moe_keys,
+    biases=QKV_BIASES,
+    defaults=_DEFAULTS | {
+        "num_key_value_heads": 16, "num_experts": 60, "num_experts_per_tok": 4, "moe_intermediate_size": 1408,
+        "shared_expert_intermediate_size": 5632,
+    },
+    assumes={
+        "hidden_act": ("silu",), "norm_topk_prob": (False,), "decoder_sparse_step": (1,), "mlp_only_layers": ([],),
+    },
+    check=lambda config: check_square_attention(config) + qwen_notes(config),
+)  # fmt: skip
 
 QWEN3 = Architecture(
     name="qwen3",
@@ -62,7 +88,7 @@ QWEN3_MOE = Architecture(
     classes=("Qwen3MoeForCausalLM",),
     prefix="model.",
     tensors=EMBEDDING | ATTENTION | QK_NORM | EXPERTS,
-    keys=qwen3_moe_keys,
+    keys=qwen_moe_keys,
     defaults=_DEFAULTS | {"num_key_value_heads": 4, "norm_topk_prob": False, "num_experts": 128, "num_experts_per_tok": 8},
     assumes={
         "hidden_act": ("silu",), "attention_bias": (False,), "norm_topk_prob": (True,),

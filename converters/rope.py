@@ -69,6 +69,8 @@ def rope_notes(config: Config) -> list[str]:
         return [
             f"rope scaling 'dynamic' is left out: llama.cpp has none; contexts beyond {length} tokens will differ"
         ]
+    if parameters["rope_type"] == "yarn" and parameters.get("truncate") is False:
+        return ["yarn's truncate is false: llama.cpp rounds the range of blended frequencies to whole dimensions"]
     if parameters["rope_type"] == "longrope" and (trained := _trained_length(parameters, config)) < length:
         return [f"rope scaling 'longrope': llama.cpp takes the long factors when its context is beyond {trained} tokens, "
                 "transformers when the text is"]  # fmt: skip
@@ -163,7 +165,7 @@ def _linear(parameters: Mapping[str, Any], config: Config) -> Metadata:
 
 
 def _yarn(parameters: Mapping[str, Any], config: Config) -> Metadata:
-    for key, known in (("beta_fast", 32), ("beta_slow", 1), ("truncate", True)):
+    for key, known in (("beta_fast", 32), ("beta_slow", 1)):
         if parameters.get(key) not in (None, known):
             raise PlanError(
                 f"config.json: yarn's {key} is {parameters[key]}; llama.cpp computes as if it were {known}"

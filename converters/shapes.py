@@ -22,7 +22,8 @@ def check_shapes(
         values = {key: _of_layer(value.value, int(layer[1]) if layer else 0) for key, value in keys.items()}
         expected = _expected(values, tokens) | dict(more)
         module, _, kind = re.sub(r"^blk\.\d+\.", "", step.name).rpartition(".")
-        wanted = expected.get(module, step.shape)[: 1 if kind == "bias" else None]
+        wanted = expected.get(module, step.shape if kind != "bias" else (*step.shape, 0))
+        wanted = wanted[:-1] if kind == "bias" and len(wanted) > 1 else wanted
         if step.pieces and step.shape != wanted:
             raise PlanError(
                 f"{step.pieces[0].tensor.name}: makes {step.name} {shape_text(step.shape)}, by config.json it is "

@@ -44,7 +44,7 @@ def test_longrope_scales_attention_as_transformers(more: dict[str, float]) -> No
     assert keys(LONGROPE | more)["attn_factor"] == pytest.approx(attention)
 
 
-@pytest.mark.parametrize("key, value", [("beta_fast", 16), ("beta_slow", 0.5), ("truncate", False)])
+@pytest.mark.parametrize("key, value", [("beta_fast", 16), ("beta_slow", 0.5)])
 def test_yarn_that_llama_cpp_cannot_compute_is_refused(key: str, value: float) -> None:
     assert keys(YARN | {"beta_fast": 32.0, "beta_slow": 1, "truncate": True})["type"] == "yarn"
     with pytest.raises(PlanError, match=f"yarn's {key} is {value}; llama.cpp computes as if it were"):

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-from tiny_models import BYTE_BPE, LLAMA3_ROPE, SIZE, Make, model
+from tiny_models import BYTE_BPE, LLAMA3_ROPE, SIZE, YARN, Make, model
 
 EQUAL = {key: value for key, value in SIZE.items() if key != "num_key_value_heads"}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2}
+ROUTED = {
+    "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 256, "first_k_dense_replace": 1,
+    "n_shared_experts": 1, "norm_topk_prob": True, "routed_scaling_factor": 1.5,
+}  # fmt: skip
+MLA = {"kv_lora_rank": 32, "q_lora_rank": 64, "qk_nope_head_dim": 32, "qk_rope_head_dim": 16, "v_head_dim": 32}
 FOUR = SIZE | {"num_hidden_layers": 4}
 MORE: dict[str, tuple[Make, str]] = {
     name: (make, BYTE_BPE)
@@ -39,5 +45,33 @@ MORE: dict[str, tuple[Make, str]] = {
         "ernie4_5": model("Ernie4_5ForCausalLM", "Ernie4_5Config", **SIZE, head_dim=32),
         "olmoe": model("OlmoeForCausalLM", "OlmoeConfig", **EQUAL, num_experts=4, num_experts_per_tok=2),
         "granitemoe": model("GraniteMoeForCausalLM", "GraniteMoeConfig", **SIZE, num_local_experts=4, num_experts_per_tok=2),
+        "gemma": model("GemmaForCausalLM", "GemmaConfig", **SIZE, head_dim=64),
+        "hunyuan-dense": model("HunYuanDenseV1ForCausalLM", "HunYuanDenseV1Config", **SIZE, head_dim=64),
+        "hunyuan-alpha": model("HunYuanDenseV1ForCausalLM", "HunYuanDenseV1Config", **SIZE, head_dim=64,
+                               rope_parameters={"rope_type": "dynamic", "alpha": 1000.0, "rope_theta": 10000.0, "factor": 1.0}),
+        "ministral3": model("Ministral3ForCausalLM", "Ministral3Config", **SIZE, head_dim=32, rope_parameters={
+            "rope_type": "yarn", "rope_theta": 1e6, "factor": 8.0, "original_max_position_embeddings": 32, "beta_fast": 32.0,
+            "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1}),
+        "qwen2moe": model("Qwen2MoeForCausalLM", "Qwen2MoeConfig", **SIZE, **EXPERTS, moe_intermediate_size=256,
+                          shared_expert_intermediate_size=256),
+        "glm4moe": model("Glm4MoeForCausalLM", "Glm4MoeConfig", **SIZE, **ROUTED, head_dim=64, use_qk_norm=True,
+                         attention_bias=True),
+        "ernie4_5-moe": model("Ernie4_5_MoeForCausalLM", "Ernie4_5_MoeConfig", **SIZE, moe_num_experts=4, moe_k=2,
+                              moe_intermediate_size=256, moe_layer_end_index=1),
+        "minimax-m2": model("MiniMaxM2ForCausalLM", "MiniMaxM2Config", **SIZE, head_dim=64, num_local_experts=4,
+                            num_experts_per_tok=2),
+        "phimoe": model("PhimoeForCausalLM", "PhimoeConfig", **SIZE, num_local_experts=4, num_experts_per_tok=2,
+                        attention_bias=True, lm_head_bias=True, router_jitter_noise=0.0),
+        "hunyuan-moe": model("HunYuanMoEV1ForCausalLM", "HunYuanMoEV1Config", **SIZE, head_dim=64, num_experts=4, moe_topk=2),
+        "gpt-oss": model("GptOssForCausalLM", "GptOssConfig", **SIZE, head_dim=64, num_local_experts=4, num_experts_per_tok=2,
+                         sliding_window=16, rope_parameters=YARN),
+        "llama4": model("Llama4ForCausalLM", "Llama4TextConfig", **FOUR, head_dim=64, num_local_experts=4,
+                        num_experts_per_tok=1, intermediate_size_mlp=512, interleave_moe_layer_step=2),
+        "deepseek2": model("DeepseekV2ForCausalLM", "DeepseekV2Config", **SIZE | {"num_key_value_heads": 4}, **ROUTED | {"norm_topk_prob": False},
+                           **MLA),
+        "deepseek3": model("DeepseekV3ForCausalLM", "DeepseekV3Config", **SIZE | {"num_key_value_heads": 4}, **ROUTED | {"n_routed_experts": 8}, **MLA,
+                           n_group=2, topk_group=1),
+        "deepseek3-yarn": model("DeepseekV3ForCausalLM", "DeepseekV3Config", **SIZE | {"num_key_value_heads": 4}, **ROUTED, **MLA, n_group=1, topk_group=1,
+                                rope_parameters=YARN | {"mscale": 1.0, "mscale_all_dim": 1.0}),
     }.items()
 }  # fmt: skip
