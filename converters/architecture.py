@@ -90,10 +90,16 @@ class Architecture:
     assumes: Mapping[str, tuple] = field(default_factory=dict)  # config values llama.cpp takes for granted
     check: Callable[[Config], list[str]] = lambda config: []  # notes; raises PlanError
     tokens_decide_rows: bool = False  # the embedding is cut to the tokens, not the tokens padded to it
-    layers: Callable[[Config], Mapping[str, Container[int]]] = lambda config: {}  # the kinds of layers, where they differ
-    shapes: Callable[[Config], Mapping[str, Shape]] = lambda config: {}  # of modules for which shapes.py has another
+    layers: Callable[[Config], Mapping[str, Container[int]]] = (
+        lambda config: {}
+    )  # the kinds of layers, where they differ
+    shapes: Callable[[Config], Mapping[str, Shape]] = (
+        lambda config: {}
+    )  # of modules for which shapes.py has another
     text: str | None = None  # the part of config.json that is the text model's
-    spellings: Mapping[str, str] = field(default_factory=dict)  # beginnings of names of older releases: today's
+    spellings: Mapping[str, str] = field(
+        default_factory=dict
+    )  # beginnings of names of older releases: today's
     left_out: Mapping[str, str] = field(default_factory=dict)  # beginnings of names: what these tensors are
 
     def config(self, values: Mapping[str, Any]) -> Config:

@@ -79,7 +79,9 @@ class Config:
 
     @property
     def head_dim(self) -> int:
-        size = self.get("head_dim", default=self.need("hidden_size", "n_embd", "n_embed", "d_model") // self.heads)
+        size = self.get(
+            "head_dim", default=self.need("hidden_size", "n_embd", "n_embed", "d_model") // self.heads
+        )
         if not size:
             raise PlanError(
                 f"config.json: {self.heads} attention heads are more than its hidden size has values"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from llmcompress.converters.architecture import Table, optional_keys, to
 from llmcompress.converters.config import Config
 from llmcompress.converters.rope import rope_keys, rope_notes, rotary_dimensions
@@ -130,13 +132,15 @@ def attention_notes(config: Config) -> list[str]:
     ]
 
 
-def rotary_decoder_keys(config: Config, rope_tensors: bool = False) -> Metadata:
+def rotary_decoder_keys(config: Config, rope_tensors: Collection[str] = ()) -> Metadata:
     return decoder_keys(config) | rope_keys(config, rope_tensors)
 
 
-def partly_rotary_keys(config: Config, rope_tensors: bool = False) -> Metadata:
+def partly_rotary_keys(config: Config, rope_tensors: Collection[str] = ()) -> Metadata:
     """For families whose heads turn in part."""
-    return rotary_decoder_keys(config, rope_tensors) | {"rope.dimension_count": u32(rotary_dimensions(config))}
+    return rotary_decoder_keys(config, rope_tensors) | {
+        "rope.dimension_count": u32(rotary_dimensions(config))
+    }
 
 
 def layer_kinds(config: Config) -> list[str]:
@@ -158,3 +162,13 @@ def sliding_keys(config: Config) -> Metadata:
         "attention.sliding_window": u32(config.need("sliding_window")),
         "attention.sliding_window_pattern": array(ValueType.BOOL, slides),
     }
+
+
+def full_attention_layers(config: Config, every: int) -> list[int]:
+    """The layers of a hybrid that attend to all tokens: by `layer_types`, or each `every`th."""
+    kinds = config.get("layer_types")
+    if kinds is None:
+        return [layer for layer in range(config.need("num_hidden_layers")) if (layer + 1) % every == 0]
+    return [
+        layer for layer, kind in enumerate(layer_kinds(config)) if kind in ("full_attention", "attention")
+    ]

@@ -120,7 +120,9 @@ def _check(config: Config) -> list[str]:
             "computes as if they were the same"
         )
     if not config.get("n_shared_experts"):
-        raise PlanError("config.json: n_shared_experts is none; llama.cpp's deepseek2 has some in every layer")
+        raise PlanError(
+            "config.json: n_shared_experts is none; llama.cpp's deepseek2 has some in every layer"
+        )
     if config.get("topk_method") == "group_limited_greedy" and config.get("n_group", default=1) > 1:
         return [
             "topk_method is group_limited_greedy: llama.cpp ranks a group of experts by its best two, the model by its "

@@ -19,12 +19,14 @@ from llmcompress.converters.rope import rope_notes, rope_tensors
 from llmcompress.errors import PlanError
 from llmcompress.gguf.value import Metadata
 
-SLIDING_LAYERS = 64  # llama.cpp lets the window slide, and rope rest in every fourth layer, in models of this size alone
+SLIDING_LAYERS = (
+    64  # llama.cpp lets the window slide, and rope rest in every fourth layer, in models of this size alone
+)
 SLIDING_WINDOW = 4096
 
 
 def exaone4_keys(config: Config) -> Metadata:
-    keys = rotary_decoder_keys(config, rope_tensors=True)
+    keys = rotary_decoder_keys(config, rope_tensors=("llama3",))
     return keys | (sliding_keys(config) if config.need("num_hidden_layers") == SLIDING_LAYERS else {})
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from llmcompress.converters.architecture import Architecture, only, optional_keys, to
+from llmcompress.converters.architecture import Architecture, optional_keys, to
 from llmcompress.converters.config import Config
 from llmcompress.converters.decoder import check_square_attention, rotary_decoder_keys
 from llmcompress.converters.operations import in_groups

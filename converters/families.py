@@ -2,36 +2,37 @@
 
 from __future__ import annotations
 
-from llmcompress.converters.architecture import Architecture, steps_of
-from llmcompress.converters.config import Config
 from llmcompress.converters.arcee import ARCEE
+from llmcompress.converters.architecture import Architecture, steps_of
 from llmcompress.converters.bloom import BLOOM
 from llmcompress.converters.cohere import COHERE, COHERE2
+from llmcompress.converters.config import Config
+from llmcompress.converters.deepseek import DEEPSEEK2, DEEPSEEK3
 from llmcompress.converters.ernie import ERNIE4_5, ERNIE4_5_MOE
 from llmcompress.converters.exaone import EXAONE4
 from llmcompress.converters.falcon import FALCON
 from llmcompress.converters.gemma import GEMMA, GEMMA2, GEMMA3
 from llmcompress.converters.glm import GLM, GLM4, GLM4_MOE
+from llmcompress.converters.gpt2 import GPT2
 from llmcompress.converters.gpt_neox import GPT_NEOX
+from llmcompress.converters.gpt_oss import GPT_OSS
 from llmcompress.converters.granite import GRANITE, GRANITE_MOE
+from llmcompress.converters.hunyuan import HUNYUAN_DENSE, HUNYUAN_MOE
+from llmcompress.converters.llama import LLAMA, MISTRAL
+from llmcompress.converters.llama4 import LLAMA4
+from llmcompress.converters.minimax import MINIMAX_M2
+from llmcompress.converters.mistral3 import MISTRAL3
+from llmcompress.converters.mixtral import MIXTRAL
 from llmcompress.converters.mpt import MPT
 from llmcompress.converters.nemotron import NEMOTRON
 from llmcompress.converters.olmo import OLMO2, OLMO3, OLMOE
+from llmcompress.converters.phi import PHI2, PHI3, PHIMOE
+from llmcompress.converters.qwen import QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE
+from llmcompress.converters.qwen3_next import QWEN3_NEXT, QWEN35, QWEN35_MOE
 from llmcompress.converters.seed_oss import SEED_OSS
 from llmcompress.converters.smollm3 import SMOLLM3
 from llmcompress.converters.stablelm import STABLELM
 from llmcompress.converters.starcoder2 import STARCODER2
-from llmcompress.converters.deepseek import DEEPSEEK2, DEEPSEEK3
-from llmcompress.converters.gpt_oss import GPT_OSS
-from llmcompress.converters.hunyuan import HUNYUAN_DENSE, HUNYUAN_MOE
-from llmcompress.converters.llama4 import LLAMA4
-from llmcompress.converters.minimax import MINIMAX_M2
-from llmcompress.converters.mistral3 import MISTRAL3
-from llmcompress.converters.gpt2 import GPT2
-from llmcompress.converters.llama import LLAMA, MISTRAL
-from llmcompress.converters.mixtral import MIXTRAL
-from llmcompress.converters.phi import PHI2, PHI3, PHIMOE
-from llmcompress.converters.qwen import QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE
 
 from llmcompress.checkpoint import Checkpoint
 from llmcompress.errors import PlanError, nearest
@@ -47,6 +48,9 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     QWEN2_MOE,
     QWEN3,
     QWEN3_MOE,
+    QWEN3_NEXT,
+    QWEN35,
+    QWEN35_MOE,
     GEMMA,
     GEMMA2,
     GEMMA3,

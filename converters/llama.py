@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
 
 from llmcompress.converters.architecture import Architecture, to
@@ -15,7 +16,7 @@ from llmcompress.converters.decoder import (
     rotary_decoder_keys,
 )
 from llmcompress.converters.operations import rotary
-from llmcompress.converters.rope import rope_tensors, rotary_dimensions
+from llmcompress.converters.rope import BY_TENSORS, rope_tensors, rotary_dimensions
 
 from llmcompress.errors import PlanError
 from llmcompress.gguf.value import Metadata, u32
@@ -26,13 +27,13 @@ ROTARY_ATTENTION = ATTENTION | {
 }
 
 
-def llama_keys(config: Config) -> Metadata:
+def llama_keys(config: Config, rope_tensors: Collection[str] = BY_TENSORS) -> Metadata:
     turned = rotary_dimensions(config)
     if turned != config.head_dim:
         raise PlanError(
             f"config.json: {turned} of a head's {config.head_dim} dimensions are rotary, in llama.cpp all would be"
         )
-    return rotary_decoder_keys(config, rope_tensors=True) | {"rope.dimension_count": u32(turned)}
+    return rotary_decoder_keys(config, rope_tensors) | {"rope.dimension_count": u32(turned)}
 
 
 LLAMA = Architecture(

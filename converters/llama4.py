@@ -13,7 +13,7 @@ from llmcompress.gguf.value import Metadata, u32
 
 
 def llama4_keys(config: Config) -> Metadata:
-    return partly_rotary_keys(config, rope_tensors=True) | expert_keys(config) | {
+    return partly_rotary_keys(config, rope_tensors=("llama3",)) | expert_keys(config) | {
         "feed_forward_length": u32(config.need("intermediate_size_mlp")),
         "expert_feed_forward_length": u32(config.need("intermediate_size")),
         "interleave_moe_layer_step": u32(config.need("interleave_moe_layer_step")),

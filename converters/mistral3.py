@@ -24,5 +24,10 @@ MISTRAL3 = replace(
     name="mistral3",
     classes=("Ministral3ForCausalLM",),
     keys=mistral3_keys,
-    defaults={"rms_norm_eps": 1e-5, "max_position_embeddings": 262144, "num_key_value_heads": 8, "head_dim": 128},
+    defaults={
+        "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 262144,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+    },
 )

@@ -29,7 +29,9 @@ def _check(config: Config) -> list[str]:
         ("attn_type", (None, "multihead_attention")),
     ):
         if attention.get(key) not in known:
-            raise PlanError(f"config.json: attn_config's {key} is {attention[key]!r}, which is not known here")
+            raise PlanError(
+                f"config.json: attn_config's {key} is {attention[key]!r}, which is not known here"
+            )
     return []
 
 

@@ -109,6 +109,18 @@ def every(part: int, parts: int) -> Make:
     return lambda config, tensor: Operation(f"every {parts}th value from {part}", 1, arrange)
 
 
+def of_columns(name: str, order: Callable[[Config], np.ndarray]) -> Make:
+    """The values of each row in the order that `order` gives."""
+
+    def operation(config: Config, tensor: TensorInfo) -> Operation:
+        chosen = order(config)
+        if len(chosen) != tensor.columns:
+            raise PlanError(f"{tensor.name}: {tensor.columns} columns, by config.json they are {len(chosen)}")
+        return Operation(name, 1, lambda rows: np.ascontiguousarray(rows[:, chosen]))
+
+    return operation
+
+
 def value_parts(config: Config, tensor: TensorInfo, part: int, parts: int) -> Part:
     """All rows, each with its share of the values, which an operation picks."""
     return Part((*tensor.shape[:-1], tensor.columns // parts), (Piece(tensor, 0, tensor.rows),))
@@ -123,7 +135,7 @@ def runs(choose: Callable[[Config, int], Sequence[Sequence[range]]]) -> Cut:
         if any(run.stop > rows for run in chosen):
             raise PlanError(f"{tensor.name}: {rows} rows are not what config.json says they are made of")
         pieces = tuple(Piece(tensor, run.start, len(run)) for run in chosen)
-        return Part((sum(map(len, chosen)), *tensor.shape[1:]), pieces)
+        return Part((sum(map(len, chosen)), *(size for size in tensor.shape[1:] if size != 1)), pieces)
 
     return cut
 

@@ -16,7 +16,7 @@ from llmcompress.converters.decoder import (
     rotary_decoder_keys,
 )  # fmt: skip
 from llmcompress.converters.mixtral import W_EXPERTS
-from llmcompress.converters.rope import rope_notes, rope_tensors, rotary_dimensions
+from llmcompress.converters.rope import BY_TENSORS, rope_notes, rope_tensors, rotary_dimensions
 
 from llmcompress.gguf.value import Metadata, u32
 
@@ -25,7 +25,7 @@ def phi3_keys(config: Config) -> Metadata:
     trained = config.get("original_max_position_embeddings", default=config.need("max_position_embeddings"))
     return (
         {"rope.scaling.original_context_length": u32(trained)}
-        | rotary_decoder_keys(config, rope_tensors=True)
+        | rotary_decoder_keys(config, rope_tensors=BY_TENSORS)
         | {
             "rope.dimension_count": u32(rotary_dimensions(config)),
             "attention.sliding_window": u32(config.get("sliding_window", default=0)),
@@ -66,6 +66,15 @@ PHI3 = Architecture(
     check=lambda config: check_square_attention(config) + attention_notes(config),
 )  # fmt: skip
 
+
+def _phimoe_notes(config: Config) -> list[str]:
+    return check_square_attention(config) + [
+        "llama.cpp norms by the root mean square and weighs experts by softmax, the model by LayerNorm and sparsemixer: "
+        "the output will differ",
+        *attention_notes(config),
+    ]
+
+
 PHIMOE = Architecture(
     name="phimoe",
     classes=("PhiMoEForCausalLM", "PhimoeForCausalLM"),
@@ -79,5 +88,5 @@ PHIMOE = Architecture(
         "num_local_experts": 16, "num_experts_per_tok": 2,
     },
     assumes={"hidden_act": ("silu",), "attention_bias": (True,), "lm_head_bias": (True,)},
-    check=lambda config: check_square_attention(config) + attention_notes(config),
+    check=_phimoe_notes,
 )  # fmt: skip

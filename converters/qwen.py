@@ -28,11 +28,13 @@ def qwen_notes(config: Config) -> list[str]:
             *rope_notes(config)]  # fmt: skip
 
 
-def qwen_moe_keys(config: Config) -> Metadata:
+def shared_expert_keys(config: Config) -> Metadata:
     shared = config.get("shared_expert_intermediate_size")
-    return rotary_decoder_keys(config) | expert_keys(config) | optional_keys(
-        {"expert_shared_feed_forward_length": None if shared is None else u32(shared)}
-    )  # fmt: skip
+    return optional_keys({"expert_shared_feed_forward_length": None if shared is None else u32(shared)})
+
+
+def qwen_moe_keys(config: Config) -> Metadata:
+    return rotary_decoder_keys(config) | expert_keys(config) | shared_expert_keys(config)
 
 
 SHARED_EXPERT = {

@@ -7,7 +7,7 @@ LongRoPE arXiv 2402.13753.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from llmcompress.errors import PlanError, shown
 from llmcompress.gguf.value import Metadata, f32, string, u32
 
 _DEFAULT_BASE = 10000.0
+BY_TENSORS = ("llama3", "longrope")  # the kinds that ggml computes with factors from the file
 _NUMBERS = (
     "rope_theta", "factor", "low_freq_factor", "high_freq_factor", "partial_rotary_factor",
     "original_max_position_embeddings", "attention_factor", "mscale", "mscale_all_dim",
@@ -45,17 +46,17 @@ def rope_parameters(config: Config, layer_type: str = "full_attention") -> dict[
     return parameters
 
 
-def rope_keys(config: Config, tensors: bool = False) -> Metadata:
+def rope_keys(config: Config, tensors: Collection[str] = ()) -> Metadata:
     """`rope.freq_base` and, where the kind is one ggml computes itself, `rope.scaling.*`.
 
-    `tensors` says that llama.cpp reads `rope_tensors` for this family. Raises PlanError for a kind it cannot compute.
+    `tensors` are the kinds whose `rope_tensors` llama.cpp reads for this family. Raises PlanError for a kind it cannot compute.
     """
     parameters = rope_parameters(config)
     keys = {"rope.freq_base": f32(parameters["rope_theta"])}
     kind = parameters["rope_type"]
     if kind not in _SCALING:
         raise PlanError(f"config.json: rope type {kind!r} is unknown; known are {', '.join(_SCALING)}")
-    if kind in _BY_TENSORS and not tensors:
+    if kind in BY_TENSORS and kind not in tensors:
         raise PlanError(
             f"config.json: rope type {kind!r} is one that llama.cpp cannot compute for this class of models"
         )
@@ -70,7 +71,9 @@ def rope_notes(config: Config) -> list[str]:
             f"rope scaling 'dynamic' is left out: llama.cpp has none; contexts beyond {length} tokens will differ"
         ]
     if parameters["rope_type"] == "yarn" and parameters.get("truncate") is False:
-        return ["yarn's truncate is false: llama.cpp rounds the range of blended frequencies to whole dimensions"]
+        return [
+            "yarn's truncate is false: llama.cpp rounds the range of blended frequencies to whole dimensions"
+        ]
     if parameters["rope_type"] == "longrope" and (trained := _trained_length(parameters, config)) < length:
         return [f"rope scaling 'longrope': llama.cpp takes the long factors when its context is beyond {trained} tokens, "
                 "transformers when the text is"]  # fmt: skip
@@ -215,4 +218,3 @@ _SCALING = {
     "longrope": _longrope,
     "dynamic": _nothing,
 }
-_BY_TENSORS = ("llama3", "longrope")

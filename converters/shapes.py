@@ -13,7 +13,10 @@ from llmcompress.step import Step
 
 
 def check_shapes(
-    steps: Sequence[Step], keys: Metadata, tokens: int, more: Mapping[str, tuple[int, ...]] = MappingProxyType({})
+    steps: Sequence[Step],
+    keys: Metadata,
+    tokens: int,
+    more: Mapping[str, tuple[int, ...]] = MappingProxyType({}),
 ) -> None:
     """`keys` are those of an architecture without its name; `more` are its own shapes of modules, which win. Raises
     PlanError for the first step of another shape."""

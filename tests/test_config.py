@@ -13,21 +13,38 @@ from llmcompress.converters.architecture import Architecture
 from llmcompress.converters.config import Config
 from llmcompress.converters.families import ARCHITECTURES
 from llmcompress.converters.to_gguf import plan_gguf
+from tiny_families import MORE
+from tiny_models import MODELS
 
 from llmcompress.errors import PlanError
 from llmcompress.recipe import Recipe
 
-CONFIGS = {"Gemma3ForCausalLM": "Gemma3TextConfig", "GPT2LMHeadModel": "GPT2Config"}
+CONFIGS = {
+    name: tiny.config for tiny, _ in (*MODELS.values(), *MORE.values()) for name in (tiny.kind, *tiny.also)
+}
+# What config.json of the models' own code says and transformers' class has no name for.
+NOT_IN_TRANSFORMERS = {
+    "scoring_func",
+    "topk_method",
+    "sliding_window_pattern",
+    "rope_local_base_freq",
+    "seq_length",
+}
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda architecture: architecture.classes[0])
 def test_defaults_are_transformers(architecture: Architecture) -> None:
-    (name,) = architecture.classes
-    known = getattr(transformers, CONFIGS.get(name, name.replace("ForCausalLM", "Config")))()
+    known = getattr(transformers, CONFIGS[architecture.classes[0]])()
     rope = getattr(known, "rope_parameters", None) or {}
-    bases = {"rope_theta": rope.get("full_attention", rope).get("rope_theta")}
-    found = {key: bases.get(key, getattr(known, key, None)) for key in architecture.defaults}
-    assert architecture.defaults and found == architecture.defaults
+    rope = rope.get("full_attention", rope)
+    turned = {
+        "partial_rotary_factor": rope.get("partial_rotary_factor"),
+        "rope_theta": rope.get("rope_theta"),
+    }
+    turned["rotary_pct"] = turned["partial_rotary_factor"]
+    names = architecture.defaults.keys() - NOT_IN_TRANSFORMERS
+    found = {key: turned.get(key, getattr(known, key, None)) for key in names}
+    assert found == {key: architecture.defaults[key] for key in names}
     assert architecture.config({}).tied == known.tie_word_embeddings
 
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
-from llmcompress.converters import from_gguf
-from llmcompress.converters.families import ARCHITECTURES
+from llmcompress.converters import from_gguf, operations
+from llmcompress.converters.config import Config
 from llmcompress.converters.from_gguf import DecodedGGUF
 from safetensors.numpy import load_file, save_file
 from synthetic_checkpoint import Llama, write_checkpoint
@@ -129,17 +129,11 @@ def test_threads_read_what_one_reads(made) -> None:
             assert np.array_equal(found, decoded.read(name)), name
 
 
-def test_all_arithmetic_has_an_inverse() -> None:
-    rows, checked = np.linspace(-2, 2, 64, dtype=np.float32).reshape(8, 8), set()
-    matrix = TensorInfo("weight", (8, 8), "F32", Path(), 0, rows.nbytes)
-    for family in ARCHITECTURES:
-        config = family.config({"num_attention_heads": 2, "num_key_value_heads": 2, "hidden_size": 8})
-        for rule in filter(None, family.tensors.values()):
-            operation = rule.operation(config, matrix)
-            if operation.compute:
-                assert np.abs(operation.inverse(operation.compute(rows)) - rows).max() <= EPSILON
-                checked.add(operation.name)
-    assert checked == {"plus one"}
+@pytest.mark.parametrize("make", [operations.plus_one, operations.minus_exp])
+def test_arithmetic_has_an_inverse(make) -> None:
+    rows = np.linspace(-2, 2, 64, dtype=np.float32).reshape(8, 8)
+    operation = make(Config({}), TensorInfo("weight", (8, 8), "F32", Path(), 0, rows.nbytes))
+    assert np.abs(operation.inverse(operation.compute(rows)) - rows).max() <= EPSILON
 
 
 # The rest is about one small Llama.

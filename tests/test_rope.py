@@ -9,7 +9,7 @@ import pytest
 import transformers
 from llmcompress.converters.config import Config
 from llmcompress.converters.families import ARCHITECTURES, CLASSES
-from llmcompress.converters.rope import rope_keys, rope_notes, rope_parameters, rope_tensors
+from llmcompress.converters.rope import BY_TENSORS, rope_keys, rope_notes, rope_parameters, rope_tensors
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from llmcompress.errors import PlanError
@@ -23,7 +23,7 @@ LONGROPE = {
 
 
 def keys(parameters: dict[str, Any]) -> dict[str, Any]:
-    found = rope_keys(Config(SIZE | {"rope_parameters": parameters}), tensors=True)
+    found = rope_keys(Config(SIZE | {"rope_parameters": parameters}), tensors=BY_TENSORS)
     return {name.removeprefix("rope.scaling."): value.value for name, value in found.items()}
 
 
@@ -93,14 +93,21 @@ READ_TENSORS = {
     "MistralForCausalLM",
     "MixtralForCausalLM",
     "Phi3ForCausalLM",
+    "PhiMoEForCausalLM",
+    "Ministral3ForCausalLM",
+    "GraniteForCausalLM",
+    "GraniteMoeForCausalLM",
 }  # llama.cpp's graphs
-ROTARY = [family.classes[0] for family in ARCHITECTURES if family.name != "gpt2"]
+LLAMA3_ALONE = {"ArceeForCausalLM", "Exaone4ForCausalLM", "Llama4ForCausalLM"}
+UNTURNED = {"gpt2", "bloom", "mpt"}
+ROTARY = [family.classes[0] for family in ARCHITECTURES if family.name not in UNTURNED]
 
 
 def keys_of(kind: str, rope: dict[str, Any] | None = None, **values: Any) -> dict[str, Any]:
     """The metadata of a model of the class `kind`, without the architecture's name."""
     size = SIZE | {"vocab_size": 512, "intermediate_size": 128, "num_hidden_layers": 2, "head_dim": 16,
-                   "moe_intermediate_size": 64}  # fmt: skip
+                   "moe_intermediate_size": 64, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16,
+                   "v_head_dim": 16, "num_experts_per_tok": 2}  # fmt: skip
     config = CLASSES[kind].config(
         size | ({"rope_parameters": {"rope_theta": 1e4} | rope} if rope else {}) | values
     )
@@ -110,7 +117,7 @@ def keys_of(kind: str, rope: dict[str, Any] | None = None, **values: Any) -> dic
 @pytest.mark.parametrize("rope", [LLAMA3, LONGROPE], ids=["llama3", "longrope"])
 @pytest.mark.parametrize("kind", ROTARY)
 def test_a_scaling_by_tensors_is_for_those_whose_tensors_are_read(kind, rope):
-    if kind in READ_TENSORS:
+    if kind in READ_TENSORS or (kind in LLAMA3_ALONE and rope is LLAMA3):
         assert keys_of(kind, rope)["rope.freq_base"] == 1e4
     else:
         with pytest.raises(

@@ -2,17 +2,50 @@
 
 from __future__ import annotations
 
-from tiny_models import BYTE_BPE, LLAMA3_ROPE, SIZE, YARN, Make, model
+from types import SimpleNamespace
+
+import torch
+from tiny_models import BYTE_BPE, LLAMA3_ROPE, SIZE, YARN, Tiny, model
+from transformers.models.phimoe import modeling_phimoe
 
 EQUAL = {key: value for key, value in SIZE.items() if key != "num_key_value_heads"}
+
+
+def softmax_routing(scores: torch.Tensor, jitter_eps: float, training: bool, top_k: int = 2) -> tuple:
+    """Weights of the experts that llama.cpp chooses for Phi-3.5-MoE, in place of the model's own sparsemixer."""
+    weights, chosen = torch.softmax(scores, -1).topk(top_k)
+    return weights / weights.sum(-1, keepdim=True), chosen
+
+
+class RootMeanSquareNorm(torch.nn.LayerNorm):
+    """What llama.cpp computes for Phi-3.5-MoE, in place of the model's own LayerNorm."""
+
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.rms_norm(values, values.shape[-1:], self.weight, self.eps) + self.bias
+
+
+# A plan's notes say that llama.cpp computes these two otherwise than the model; the rest is proved with them.
+modeling_phimoe.sparsemixer = softmax_routing
+modeling_phimoe.nn = SimpleNamespace(**vars(torch.nn) | {"LayerNorm": RootMeanSquareNorm})
+
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2}
 ROUTED = {
     "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 256, "first_k_dense_replace": 1,
     "n_shared_experts": 1, "norm_topk_prob": True, "routed_scaling_factor": 1.5,
 }  # fmt: skip
-MLA = {"kv_lora_rank": 32, "q_lora_rank": 64, "qk_nope_head_dim": 32, "qk_rope_head_dim": 16, "v_head_dim": 32}
+MLA = {
+    "kv_lora_rank": 32,
+    "q_lora_rank": 64,
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 32,
+}
+LINEAR = {
+    "head_dim": 64, "linear_key_head_dim": 64, "linear_value_head_dim": 64, "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+}  # fmt: skip
 FOUR = SIZE | {"num_hidden_layers": 4}
-MORE: dict[str, tuple[Make, str]] = {
+MORE: dict[str, tuple[Tiny, str]] = {
     name: (make, BYTE_BPE)
     for name, make in {
         "olmo2": model("Olmo2ForCausalLM", "Olmo2Config", **SIZE),
@@ -24,27 +57,29 @@ MORE: dict[str, tuple[Make, str]] = {
         "seed_oss": model("SeedOssForCausalLM", "SeedOssConfig", **SIZE, head_dim=32),
         "cohere": model("CohereForCausalLM", "CohereConfig", **SIZE, logit_scale=0.5),
         "cohere2": model("Cohere2ForCausalLM", "Cohere2Config", **FOUR, head_dim=64, sliding_window=16, logit_scale=0.5),
-        "stablelm": model("StableLmForCausalLM", "StableLmConfig", **SIZE, use_qkv_bias=True),
+        "stablelm": model("StableLmForCausalLM", "StableLmConfig", ("StableLMEpochForCausalLM",), **SIZE, use_qkv_bias=True),
         "stablelm-12b": model("StableLmForCausalLM", "StableLmConfig", **SIZE, qk_layernorm=True, use_parallel_residual=True),
         "starcoder2": model("Starcoder2ForCausalLM", "Starcoder2Config", **SIZE),
         "phi2": model("PhiForCausalLM", "PhiConfig", **SIZE),
         "gptneox": model("GPTNeoXForCausalLM", "GPTNeoXConfig", **EQUAL),
         "gptneox-serial": model("GPTNeoXForCausalLM", "GPTNeoXConfig", **EQUAL, use_parallel_residual=False),
-        "falcon-7b": model("FalconForCausalLM", "FalconConfig", **SIZE, ffn_hidden_size=512),
+        "falcon-7b": model("FalconForCausalLM", "FalconConfig", ("RWForCausalLM",), **SIZE, ffn_hidden_size=512),
         "falcon-40b": model("FalconForCausalLM", "FalconConfig", **SIZE, ffn_hidden_size=512, num_kv_heads=2,
                             new_decoder_architecture=True),
         "falcon-11b": model("FalconForCausalLM", "FalconConfig", **SIZE, ffn_hidden_size=512, num_kv_heads=2,
                             new_decoder_architecture=True, num_ln_in_parallel_attn=1),
         "bloom": model("BloomForCausalLM", "BloomConfig", hidden_size=256, n_layer=2, n_head=4),
-        "mpt": model("MptForCausalLM", "MptConfig", d_model=256, n_layers=2, n_heads=4, max_seq_len=512),
+        "mpt": model("MptForCausalLM", "MptConfig", ("MPTForCausalLM",), d_model=256, n_layers=2, n_heads=4, max_seq_len=512),
         "nemotron": model("NemotronForCausalLM", "NemotronConfig", **SIZE, head_dim=64),
         "exaone4": model("Exaone4ForCausalLM", "Exaone4Config", **SIZE, sliding_window=None,
                          layer_types=["full_attention"] * 2, rope_parameters=LLAMA3_ROPE),
         "glm": model("GlmForCausalLM", "GlmConfig", **SIZE, head_dim=64),
         "glm4": model("Glm4ForCausalLM", "Glm4Config", **SIZE, head_dim=32),
-        "ernie4_5": model("Ernie4_5ForCausalLM", "Ernie4_5Config", **SIZE, head_dim=32),
+        "ernie4_5": model("Ernie4_5ForCausalLM", "Ernie4_5Config", ("Ernie4_5_ForCausalLM",), **SIZE, head_dim=32),
         "olmoe": model("OlmoeForCausalLM", "OlmoeConfig", **EQUAL, num_experts=4, num_experts_per_tok=2),
         "granitemoe": model("GraniteMoeForCausalLM", "GraniteMoeConfig", **SIZE, num_local_experts=4, num_experts_per_tok=2),
+        "granitemoe-shared": model("GraniteMoeSharedForCausalLM", "GraniteMoeSharedConfig", **SIZE, num_local_experts=4,
+                                   num_experts_per_tok=2, shared_intermediate_size=256),
         "gemma": model("GemmaForCausalLM", "GemmaConfig", **SIZE, head_dim=64),
         "hunyuan-dense": model("HunYuanDenseV1ForCausalLM", "HunYuanDenseV1Config", **SIZE, head_dim=64),
         "hunyuan-alpha": model("HunYuanDenseV1ForCausalLM", "HunYuanDenseV1Config", **SIZE, head_dim=64,
@@ -60,7 +95,7 @@ MORE: dict[str, tuple[Make, str]] = {
                               moe_intermediate_size=256, moe_layer_end_index=1),
         "minimax-m2": model("MiniMaxM2ForCausalLM", "MiniMaxM2Config", **SIZE, head_dim=64, num_local_experts=4,
                             num_experts_per_tok=2),
-        "phimoe": model("PhimoeForCausalLM", "PhimoeConfig", **SIZE, num_local_experts=4, num_experts_per_tok=2,
+        "phimoe": model("PhimoeForCausalLM", "PhimoeConfig", ("PhiMoEForCausalLM",), **SIZE, num_local_experts=4, num_experts_per_tok=2,
                         attention_bias=True, lm_head_bias=True, router_jitter_noise=0.0),
         "hunyuan-moe": model("HunYuanMoEV1ForCausalLM", "HunYuanMoEV1Config", **SIZE, head_dim=64, num_experts=4, moe_topk=2),
         "gpt-oss": model("GptOssForCausalLM", "GptOssConfig", **SIZE, head_dim=64, num_local_experts=4, num_experts_per_tok=2,
@@ -73,5 +108,10 @@ MORE: dict[str, tuple[Make, str]] = {
                            n_group=2, topk_group=1),
         "deepseek3-yarn": model("DeepseekV3ForCausalLM", "DeepseekV3Config", **SIZE | {"num_key_value_heads": 4}, **ROUTED, **MLA, n_group=1, topk_group=1,
                                 rope_parameters=YARN | {"mscale": 1.0, "mscale_all_dim": 1.0}),
+        "qwen3next": model("Qwen3NextForCausalLM", "Qwen3NextConfig", **FOUR, **EXPERTS, **LINEAR, moe_intermediate_size=256,
+                           shared_expert_intermediate_size=256, norm_topk_prob=True),
+        "qwen35": model("Qwen3_5ForCausalLM", "Qwen3_5TextConfig", **FOUR, **LINEAR),
+        "qwen35moe": model("Qwen3_5MoeForCausalLM", "Qwen3_5MoeTextConfig", **FOUR, **EXPERTS, **LINEAR,
+                           moe_intermediate_size=256, shared_expert_intermediate_size=256),
     }.items()
 }  # fmt: skip

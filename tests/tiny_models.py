@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,25 +39,37 @@ LONGROPE = {
 BYTE_BPE = "byte-level BPE"
 SENTENCEPIECE = "SentencePiece"
 
-Make = Callable[[int], transformers.PreTrainedModel]
 
+@dataclass(frozen=True)
+class Tiny:
+    """A class of transformers and its config's. `also` are classes of other checkpoints that this one proves: those of
+    models with the same tensors, or that `relabel` turns it into (of a state's tensors and the config)."""
 
-def model(kind: str, config: str, **values: Any) -> Make:
-    def make(tokens: int) -> transformers.PreTrainedModel:
-        settings = getattr(transformers, config)(
+    kind: str
+    config: str
+    values: dict[str, Any]
+    also: tuple[str, ...] = ()
+    relabel: Callable[[dict[str, torch.Tensor], dict[str, Any]], None] | None = None
+
+    def __call__(self, tokens: int) -> transformers.PreTrainedModel:
+        settings = getattr(transformers, self.config)(
             vocab_size=tokens,
             bos_token_id=0,
             eos_token_id=1,
             pad_token_id=None,
             initializer_range=0.08,
-            **values,
+            **self.values,
         )
-        return getattr(transformers, kind)(settings)
-
-    return make
+        return getattr(transformers, self.kind)(settings)
 
 
-MODELS: dict[str, tuple[Make, str]] = {
+def model(
+    kind: str, config: str, also: tuple[str, ...] = (), relabel: Callable | None = None, **values: Any
+) -> Tiny:
+    return Tiny(kind, config, values, also, relabel)
+
+
+MODELS: dict[str, tuple[Tiny, str]] = {
     "llama": (model("LlamaForCausalLM", "LlamaConfig", **SIZE, tie_word_embeddings=False), SENTENCEPIECE),
     "llama-tied": (model("LlamaForCausalLM", "LlamaConfig", **SIZE, tie_word_embeddings=True), BYTE_BPE),
     "llama-bias": (
@@ -106,7 +119,7 @@ def build(
     folder: Path,
     tokenizers: dict[str, Path],
     dtype: torch.dtype = torch.float32,
-    models: dict[str, tuple[Make, str]] = MODELS,
+    models: dict[str, tuple[Tiny, str]] = MODELS,
 ) -> Path:
     """Save the model called `name` (with "-fused" behind it for 3-D experts) and its tokenizer in `folder`."""
     make, kind = models[name.removesuffix("-fused")]
