@@ -30,6 +30,7 @@ class Rule:
     """GGUF names one module goes to, which of its rows each gets, and the operations on the way.
 
     layers: the kind of layers that have it, one of those the architecture's `layers` tells apart; None means all.
+    elsewhere: what the tensor is in the other layers, where it is left out; None means that they must not have it.
     whole: targets are whole names of tensors, with no `.weight` or `.bias` to follow.
     """
 
@@ -37,6 +38,7 @@ class Rule:
     operations: tuple[Make, ...]  # one for each target
     cut: Cut = equal_parts
     layers: str | None = None
+    elsewhere: str | None = None
     whole: bool = False
 
 
@@ -45,11 +47,12 @@ def to(
     operation: Make | Sequence[Make] = copied,
     cut: Cut = equal_parts,
     layers: str | None = None,
+    elsewhere: str | None = None,
     whole: bool = False,
 ) -> Rule:
     """A rule; `operation` is one for all targets, or one for each."""
     operations = (operation,) * len(targets) if callable(operation) else tuple(operation)
-    return Rule(targets, operations, cut, layers, whole)
+    return Rule(targets, operations, cut, layers, elsewhere, whole)
 
 
 Table = dict[str, Rule | None]
@@ -139,6 +142,7 @@ def steps_of(architecture: Architecture, checkpoint: Checkpoint, tokens: int) ->
     sources: dict[str, dict[int | None, tuple[TensorInfo, Rule, int]]] = {}
     matchers = [_matcher(pattern, rule) for pattern, rule in architecture.tensors.items()]
     dropped: Counter[str] = Counter()
+    kinds = architecture.layers(config)
     for tensor in checkpoint.index.values():
         what = _left_out(architecture, config, tensor.name)
         if what:
@@ -146,6 +150,9 @@ def steps_of(architecture: Architecture, checkpoint: Checkpoint, tokens: int) ->
             continue
         rule, layer, expert, suffix = _match(architecture, matchers, tensor)
         if rule is None:
+            continue
+        if rule.elsewhere and int(layer) not in kinds[rule.layers]:
+            dropped[rule.elsewhere] += 1
             continue
         checkpoint.readable(tensor.name)
         for part, target in enumerate(rule.targets):
@@ -210,11 +217,12 @@ def pieces_of(
     rule, layer, expert, suffix = _match(architecture, matchers, tensor)
     found = []
     for part, target in enumerate(rule.targets if rule else ()):
-        name = target.replace("{i}", layer) + (suffix or ".weight")
-        pieces = _pieces(tensor, rule, part, rule.operation(config, tensor))
-        found += [
-            ((name, matrix if expert is None else expert), piece) for matrix, piece in enumerate(pieces)
-        ]
+        name = target.replace("{i}", layer) + ("" if rule.whole else suffix or ".weight")
+        shape, pieces, _ = rule.cut(config, tensor, part, len(rule.targets))
+        height, start = shape[-2] if len(shape) > 2 else sum(piece.rows for piece in pieces), 0
+        for piece in pieces:
+            found.append(((name, start // height if expert is None else expert), piece))
+            start += piece.rows
     return found
 
 

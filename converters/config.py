@@ -10,14 +10,14 @@ from llmcompress.errors import PlanError, shown
 
 _COUNTS = (
     "hidden_size", "n_embd", "d_model", "num_hidden_layers", "n_layer", "n_layers", "num_attention_heads", "n_head", "n_heads", "num_key_value_heads",
-    "head_dim", "intermediate_size", "n_inner", "vocab_size", "max_position_embeddings", "n_positions", "n_ctx",
+    "head_dim", "n_inner", "vocab_size", "max_position_embeddings", "n_positions", "n_ctx",
     "original_max_position_embeddings", "num_local_experts", "num_experts", "num_experts_per_tok",
-    "moe_intermediate_size",
 )  # fmt: skip
 _SIZES = (
     "sliding_window", "sliding_window_pattern", "_sliding_window_pattern", "num_nextn_predict_layers", "first_k_dense_replace",
     "shared_intermediate_size", "n_shared_experts", "num_shared_experts",
 )  # fmt: skip
+_COUNTS_OR_LISTS = ("intermediate_size", "moe_intermediate_size")
 _NUMBERS = (
     "rms_norm_eps", "layer_norm_epsilon", "layer_norm_eps", "rope_theta", "rope_local_base_freq", "rotary_emb_base",
     "partial_rotary_factor", "query_pre_attn_scalar", "final_logit_softcapping", "attn_logit_softcapping",
@@ -37,7 +37,8 @@ class Config:
     def __init__(self, values: Mapping[str, Any], defaults: Mapping[str, Any] | None = None) -> None:
         self.values = {**(defaults or {}), **values}
         for names, wanted, is_wanted in (
-            (_COUNTS, "a whole number above zero", _is_count), (_SIZES, "a whole number", _is_size), (_NUMBERS, "a number above zero", is_number),
+            (_COUNTS, "a whole number above zero", _is_count), (_SIZES, "a whole number", _is_size),
+            (_COUNTS_OR_LISTS, "a whole number above zero, or a list of them", _is_count_or_list), (_NUMBERS, "a number above zero", is_number),
             (_OBJECTS, "an object", lambda value: isinstance(value, dict)),
             (_LISTS, "a list", lambda value: isinstance(value, list)),
             (_FLAGS, "true or false", lambda value: isinstance(value, bool)),
@@ -91,6 +92,10 @@ class Config:
 
 def _is_count(value: Any) -> bool:
     return type(value) is int and 0 < value < 2**31
+
+
+def _is_count_or_list(value: Any) -> bool:
+    return _is_count(value) or (isinstance(value, list) and bool(value) and all(map(_is_count, value)))
 
 
 def _is_size(value: Any) -> bool:

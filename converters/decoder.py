@@ -58,12 +58,13 @@ def decoder_keys(config: Config) -> Metadata:
     """What llama.cpp reads of every decoder, each value under any of the names it goes by."""
     rms = config.get("rms_norm_eps")
     layer_norm = config.get("layer_norm_epsilon", "layer_norm_eps", "norm_epsilon", "norm_eps")
+    inner = config.get("intermediate_size", "n_inner", default=4 * config.get("n_embd", default=0))
     return optional_keys({
         "vocab_size": u32(config.need("vocab_size")),
         "context_length": u32(config.need("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length")),
         "embedding_length": u32(config.need("hidden_size", "n_embd", "d_model")),
         "block_count": u32(config.need("num_hidden_layers", "n_layer", "n_layers")),
-        "feed_forward_length": u32(config.get("intermediate_size", "n_inner", default=4 * config.get("n_embd", default=0))),
+        "feed_forward_length": array(ValueType.UINT32, inner) if isinstance(inner, list) else u32(inner),
         "attention.head_count": u32(config.heads),
         "attention.head_count_kv": u32(config.kv_heads),
         "attention.layer_norm_rms_epsilon": None if rms is None else f32(rms),

@@ -12,6 +12,8 @@ from llmcompress.converters.ernie import ERNIE4_5, ERNIE4_5_MOE
 from llmcompress.converters.exaone import EXAONE4
 from llmcompress.converters.falcon import FALCON
 from llmcompress.converters.gemma import GEMMA, GEMMA2, GEMMA3
+from llmcompress.converters.gemma3n import GEMMA3N
+from llmcompress.converters.gemma4 import GEMMA4
 from llmcompress.converters.glm import GLM, GLM4, GLM4_MOE
 from llmcompress.converters.gpt2 import GPT2
 from llmcompress.converters.gpt_neox import GPT_NEOX
@@ -54,6 +56,8 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     GEMMA,
     GEMMA2,
     GEMMA3,
+    GEMMA3N,
+    GEMMA4,
     PHI2,
     PHI3,
     PHIMOE,

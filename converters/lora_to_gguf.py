@@ -126,6 +126,10 @@ def plan_lora(adapter: str | Path, base: str | Path, out: str | Path, type: str 
             raise PlanError(
                 f"{opened.directory}: changes {_source(pair)}; llama.cpp adapts no {pair.step.name}; {MERGE}"
             )
+        if any(piece.top or piece.stride > 1 for piece in pair.step.pieces):
+            raise PlanError(
+                f"{opened.directory}: changes {_source(pair)}, whose matrices {pair.step.name} has transposed; {MERGE}"
+            )
         if pair.step.operation.compute:
             raise PlanError(
                 f"{opened.directory}: changes {_source(pair)}, which {pair.step.operation.name} makes {pair.step.name}; {MERGE}"

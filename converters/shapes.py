@@ -27,7 +27,7 @@ def check_shapes(
         module, _, kind = re.sub(r"^blk\.\d+\.", "", step.name).rpartition(".")
         wanted = expected.get(module, step.shape if kind != "bias" else (*step.shape, 0))
         wanted = wanted[:-1] if kind == "bias" and len(wanted) > 1 else wanted
-        if step.pieces and step.shape != wanted:
+        if step.pieces and kind in ("weight", "bias") and step.shape != wanted:
             raise PlanError(
                 f"{step.pieces[0].tensor.name}: makes {step.name} {shape_text(step.shape)}, by config.json it is "
                 f"{shape_text(wanted)}; take both from one model"
@@ -43,6 +43,8 @@ def _expected(keys: Mapping[str, Any], tokens: int) -> dict[str, tuple[int, ...]
     """The shape of each module's weight; a bias has as many values as that has rows."""
     hidden, inner = keys["embedding_length"], keys.get("feed_forward_length", 0)
     size, value_size = keys.get("attention.key_length", 0), keys.get("attention.value_length", 0)
+    if keys.get("attention.sliding_window_pattern") is True and "attention.key_length_swa" in keys:
+        size, value_size = keys["attention.key_length_swa"], keys["attention.value_length_swa"]
     heads, kv_heads = keys.get("attention.head_count", 0), keys.get("attention.head_count_kv", 0)
     query, key = heads * size, kv_heads * size
     experts, expert_inner = keys.get("expert_count", 0), keys.get("expert_feed_forward_length", inner)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import torch
-from tiny_models import BYTE_BPE, LLAMA3_ROPE, SIZE, YARN, Tiny, model
+from tiny_models import BYTE_BPE, LLAMA3_ROPE, SIZE, TOKENS, YARN, Tiny, model
 from transformers.models.phimoe import modeling_phimoe
 
 EQUAL = {key: value for key, value in SIZE.items() if key != "num_key_value_heads"}
@@ -44,6 +44,11 @@ LINEAR = {
     "head_dim": 64, "linear_key_head_dim": 64, "linear_value_head_dim": 64, "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
 }  # fmt: skip
+GEMMA4 = {
+    "head_dim": 64, "layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 16,
+    "per_layer_config": {"1": {"head_dim": 128}, "3": {"head_dim": 128}}, "tie_word_embeddings": True,
+}  # fmt: skip
+TWO_KINDS = {"layer_types": GEMMA4["layer_types"][:2], "per_layer_config": {"1": {"head_dim": 128}}}
 FOUR = SIZE | {"num_hidden_layers": 4}
 MORE: dict[str, tuple[Tiny, str]] = {
     name: (make, BYTE_BPE)
@@ -113,5 +118,13 @@ MORE: dict[str, tuple[Tiny, str]] = {
         "qwen35": model("Qwen3_5ForCausalLM", "Qwen3_5TextConfig", **FOUR, **LINEAR),
         "qwen35moe": model("Qwen3_5MoeForCausalLM", "Qwen3_5MoeTextConfig", **FOUR, **EXPERTS, **LINEAR,
                            moe_intermediate_size=256, shared_expert_intermediate_size=256),
+        "gemma3n": model("Gemma3nForCausalLM", "Gemma3nTextConfig", **SIZE | {"intermediate_size": [512, 512]}, head_dim=64,
+                         sliding_window=16, num_kv_shared_layers=0, layer_types=["sliding_attention"] * 2,
+                         activation_sparsity_pattern=[0.95] * 2, vocab_size_per_layer_input=TOKENS),
+        "gemma4": model("Gemma4ForCausalLM", "Gemma4TextConfig", **FOUR, **GEMMA4, hidden_size_per_layer_input=256,
+                        num_kv_shared_layers=2, vocab_size_per_layer_input=TOKENS, use_double_wide_mlp=True),
+        "gemma4-moe": model("Gemma4ForCausalLM", "Gemma4TextConfig", **SIZE, **GEMMA4 | TWO_KINDS, hidden_size_per_layer_input=0,
+                            enable_moe_block=True, num_experts=4, top_k_experts=2, moe_intermediate_size=256,
+                            attention_k_eq_v=True, final_logit_softcapping=30.0),
     }.items()
 }  # fmt: skip

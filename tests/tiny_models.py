@@ -39,6 +39,8 @@ LONGROPE = {
 BYTE_BPE = "byte-level BPE"
 SENTENCEPIECE = "SentencePiece"
 
+TOKENS = "as many as there are tokens"
+
 
 @dataclass(frozen=True)
 class Tiny:
@@ -58,7 +60,7 @@ class Tiny:
             eos_token_id=1,
             pad_token_id=None,
             initializer_range=0.08,
-            **self.values,
+            **{key: tokens if value is TOKENS else value for key, value in self.values.items()},
         )
         return getattr(transformers, self.kind)(settings)
 
@@ -129,7 +131,8 @@ def build(
         for label, parameter in model.named_parameters():
             if parameter.ndim == 1:
                 spread = 0.2 * torch.randn_like(parameter)
-                parameter.copy_(spread if label.endswith("bias") or "gemma" in name else 1 + spread)
+                around_zero = label.endswith("bias") or name in ("gemma", "gemma2", "gemma3")
+                parameter.copy_(spread if around_zero else 1 + spread)
     model.to(dtype).save_pretrained(folder)
     if name.endswith("-fused"):
         state = {
