@@ -106,8 +106,14 @@ class Architecture:
     left_out: Mapping[str, str] = field(default_factory=dict)  # beginnings of names: what these tensors are
 
     def config(self, values: Mapping[str, Any]) -> Config:
+        """config.json's values, those of the text part before the others."""
         inner = values.get(self.text) if self.text else None
-        return Config({**values, **inner} if isinstance(inner, dict) else values, self.defaults)
+        said = (
+            {key: value for key, value in inner.items() if value is not None}
+            if isinstance(inner, dict)
+            else {}
+        )
+        return Config({**values, **said}, self.defaults)
 
     def current_name(self, name: str) -> str:
         """A tensor's name as today's transformers would write it."""
@@ -187,12 +193,14 @@ def steps_of(architecture: Architecture, checkpoint: Checkpoint, tokens: int) ->
 
 def _left_out(architecture: Architecture, config: Config, name: str) -> str | None:
     """What a tensor is that is left out on purpose: a part that is not the text model, or predicts further tokens."""
-    layer = re.search(r"(?:^|\.)layers\.([0-9]+)\.", name)
-    count = config.need("num_hidden_layers", "n_layer", "n_layers")
-    if layer and count <= int(layer[1]) < count + config.mtp_layers:
-        return "multi-token prediction"
     name = architecture.current_name(name)
-    return next((what for start, what in architecture.left_out.items() if name.startswith(start)), None)
+    for start, what in architecture.left_out.items():
+        if name.startswith(start):
+            return what
+    layer = re.match(r"layers\.([0-9]+)\.", name.removeprefix(architecture.prefix))
+    count = config.need("num_hidden_layers", "n_layer", "n_layers")
+    behind = layer and count <= int(layer[1]) < count + config.mtp_layers
+    return "multi-token prediction" if behind else None
 
 
 def _is_copy(checkpoint: Checkpoint, head: TensorInfo, embedding: TensorInfo) -> bool:

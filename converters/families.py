@@ -26,6 +26,16 @@ from llmcompress.converters.minimax import MINIMAX_M2
 from llmcompress.converters.mistral3 import MISTRAL3
 from llmcompress.converters.mixtral import MIXTRAL
 from llmcompress.converters.mpt import MPT
+from llmcompress.converters.multimodal import (
+    GEMMA3_SEES,
+    GEMMA3N_SEES,
+    GEMMA4_SEES,
+    KIMI_K25,
+    LLAMA4_SEES,
+    MISTRAL3_SEES,
+    QWEN35_MOE_SEES,
+    QWEN35_SEES,
+)
 from llmcompress.converters.nemotron import NEMOTRON
 from llmcompress.converters.olmo import OLMO2, OLMO3, OLMOE
 from llmcompress.converters.phi import PHI2, PHI3, PHIMOE
@@ -91,6 +101,14 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     DEEPSEEK2,
     DEEPSEEK3,
     GPT_OSS,
+    MISTRAL3_SEES,
+    LLAMA4_SEES,
+    QWEN35_SEES,
+    QWEN35_MOE_SEES,
+    GEMMA3_SEES,
+    GEMMA3N_SEES,
+    GEMMA4_SEES,
+    KIMI_K25,
 )
 CLASSES: dict[str, Architecture] = {name: family for family in ARCHITECTURES for name in family.classes}
 
@@ -108,8 +126,17 @@ def find_architecture(config: Config) -> Architecture:
             return CLASSES[name]
     raise PlanError(
         f"config.json: no table for {' or '.join(map(str, classes))}{nearest(str(classes[0]), CLASSES)} "
-        f"(known: {', '.join(CLASSES)})"
+        "; if it is one of those underneath, name that with --architecture"
     )
+
+
+def class_called(name: str) -> str:
+    """A class that has a table, by its own name or that of its GGUF architecture. Raises PlanError."""
+    by_architecture = {family.name: family.classes[0] for family in reversed(ARCHITECTURES)}
+    known = by_architecture | {kind: kind for kind in CLASSES}
+    if name not in known:
+        raise PlanError(f"--architecture {name}: there is no table for it{nearest(name, known)}")
+    return known[name]
 
 
 def weight_steps(checkpoint: Checkpoint) -> list[Step]:

@@ -107,7 +107,9 @@ GEMMA3 = Architecture(
         "layers.{i}.self_attn.k_norm": to("blk.{i}.attn_k_norm", operation=plus_one),
     },
     keys=gemma3_keys,
-    defaults=_DEFAULTS | {"max_position_embeddings": 131072, "rope_theta": 1e6, "rope_local_base_freq": 10000.0},
+    defaults=_DEFAULTS | {
+        "num_attention_heads": 8, "vocab_size": 262208, "max_position_embeddings": 131072, "rope_theta": 1e6, "rope_local_base_freq": 10000.0,
+    },
     assumes=_ASSUMES | {"use_bidirectional_attention": (False,)},
     check=lambda config: _check_attention(config, largest_layers=62, pattern=6),
     tokens_decide_rows=True,

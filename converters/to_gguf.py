@@ -9,7 +9,7 @@ from pathlib import Path
 from llmcompress.converters.adapter_places import with_adapter
 from llmcompress.converters.architecture import Architecture, steps_of
 from llmcompress.converters.config import Config
-from llmcompress.converters.families import find_architecture
+from llmcompress.converters.families import class_called, find_architecture
 from llmcompress.converters.metadata import general_metadata
 from llmcompress.converters.tokenizer import read_vocabulary
 
@@ -47,7 +47,11 @@ def plan_gguf(model: str | Path, out: str | Path, recipe: Recipe, progress: Prog
     config = architecture.config(checkpoint.config)
     notes = architecture.check_config(config)
     vocabulary = read_vocabulary(
-        checkpoint.directory, checkpoint.config, pre=recipe.pre, pad=not architecture.tokens_decide_rows
+        checkpoint.directory,
+        checkpoint.config,
+        rows=config.need("vocab_size"),
+        pre=recipe.pre,
+        pad=not architecture.tokens_decide_rows,
     )
     steps, more_notes = steps_of(architecture, checkpoint, len(vocabulary.tokens))
     by_name = {step.name: step for step in steps}
@@ -101,6 +105,8 @@ def open_checkpoint(model: str | Path, recipe: Recipe) -> Checkpoint:
         checkpoint = HeldCheckpoint.open(model)
     else:
         checkpoint = Checkpoint.open(model)
+    if recipe.architecture:
+        checkpoint.config = {**checkpoint.config, "architectures": [class_called(recipe.architecture)]}
     return with_adapter(checkpoint, recipe.adapter, recipe.onto) if recipe.adapter else checkpoint
 
 

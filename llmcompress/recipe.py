@@ -25,7 +25,7 @@ FORMATS = ("gguf", "gptq", "nf4", "fp4", "int8")
 STORAGE = ("uint8", "bfloat16", "float16", "float32")
 GGUF_ONLY = {
     "types", "tensor_types", "output_tensor_type", "token_embedding_type", "pure", "leave_output_tensor", "fallback",
-    "pre", "name", "verify", "target_size", "target_bpw", "sensitivity",
+    "architecture", "pre", "name", "verify", "target_size", "target_bpw", "sensitivity",
     "confirm",
 }  # fmt: skip
 FORMATS_OF = {  # fields that only some formats know
@@ -69,6 +69,7 @@ class Recipe:
     storage: str = "uint8"  # what nf4's and fp4's bytes count as
     keep: tuple[str, ...] = ()  # modules that stay as they are, as llm_int8_skip_modules names them
     effort: str = "normal"  # of the search for scales: fast, normal or best
+    architecture: str | None = None  # the class to convert as, for one that has no table
     pre: str | None = None  # pre-tokenizer by name, where detection fails
     name: str | None = None  # general.name
     split_max_size: int | None = None  # bytes

@@ -99,8 +99,8 @@ READ_TENSORS = {
     "GraniteMoeForCausalLM",
 }  # llama.cpp's graphs
 LLAMA3_ALONE = {"ArceeForCausalLM", "Exaone4ForCausalLM", "Llama4ForCausalLM"}
-UNTURNED = {"gpt2", "bloom", "mpt"}
-ROTARY = [family.classes[0] for family in ARCHITECTURES if family.name not in UNTURNED]
+ELSE = {"gpt2", "bloom", "mpt", "gemma4"}  # no rope, or one that their check looks at
+ROTARY = [family.classes[0] for family in ARCHITECTURES if family.name not in ELSE and not family.text]
 
 
 def keys_of(kind: str, rope: dict[str, Any] | None = None, **values: Any) -> dict[str, Any]:
