@@ -18,10 +18,13 @@ from llmcompress.converters.glm import GLM, GLM4, GLM4_MOE
 from llmcompress.converters.gpt2 import GPT2
 from llmcompress.converters.gpt_neox import GPT_NEOX
 from llmcompress.converters.gpt_oss import GPT_OSS
-from llmcompress.converters.granite import GRANITE, GRANITE_MOE
+from llmcompress.converters.granite import GRANITE, GRANITE_HYBRID, GRANITE_MOE
 from llmcompress.converters.hunyuan import HUNYUAN_DENSE, HUNYUAN_MOE
+from llmcompress.converters.jamba import JAMBA
+from llmcompress.converters.lfm2 import LFM2, LFM2_MOE
 from llmcompress.converters.llama import LLAMA, MISTRAL
 from llmcompress.converters.llama4 import LLAMA4
+from llmcompress.converters.mamba import MAMBA, MAMBA2
 from llmcompress.converters.minimax import MINIMAX_M2
 from llmcompress.converters.mistral3 import MISTRAL3
 from llmcompress.converters.mixtral import MIXTRAL
@@ -86,6 +89,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     OLMOE,
     GRANITE,
     GRANITE_MOE,
+    GRANITE_HYBRID,
     COHERE,
     COHERE2,
     NEMOTRON,
@@ -101,6 +105,11 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     DEEPSEEK2,
     DEEPSEEK3,
     GPT_OSS,
+    LFM2,
+    LFM2_MOE,
+    MAMBA,
+    MAMBA2,
+    JAMBA,
     MISTRAL3_SEES,
     LLAMA4_SEES,
     QWEN35_SEES,

@@ -1,16 +1,33 @@
-"""Granite, and Granite with experts."""
+"""Granite, Granite with experts, and the hybrid of attention and Mamba 2."""
 
 from __future__ import annotations
 
+from collections.abc import Container
 from dataclasses import replace
 
-from llmcompress.converters.architecture import Architecture, only, optional_keys, to
+from llmcompress.converters.architecture import Architecture, only, optional_keys, to, without
 from llmcompress.converters.config import Config
-from llmcompress.converters.decoder import EMBEDDING, MLP, QKV_BIASES, check_square_attention, expert_keys
+from llmcompress.converters.decoder import (
+    EMBEDDING,
+    MLP,
+    QKV_BIASES,
+    check_square_attention,
+    expert_keys,
+    full_attention_layers,
+)
 from llmcompress.converters.llama import ROTARY_ATTENTION, llama_keys
+from llmcompress.converters.mamba import (
+    MAMBA2_MIXER,
+    MAMBA_BIASES,
+    kv_heads_of_layers,
+    mixer_at,
+    one_group,
+    ssm_keys,
+)
 from llmcompress.converters.rope import rope_notes, rope_tensors
 
-from llmcompress.gguf.value import Metadata, f32, u32
+from llmcompress.errors import PlanError
+from llmcompress.gguf.value import Metadata, boolean, f32, u32
 
 
 def granite_keys(config: Config) -> Metadata:
@@ -76,3 +93,60 @@ GRANITE_MOE = replace(
     defaults=GRANITE.defaults | {"num_local_experts": 8, "num_experts_per_tok": 2},
     layers=shared_layers,
 )
+
+
+def _attention(config: Config) -> list[int]:
+    return full_attention_layers(config, every=1)
+
+
+def _hybrid_layers(config: Config) -> dict[str, Container[int]]:
+    attention = _attention(config)
+    state_spaces = [layer for layer in range(config.need("num_hidden_layers")) if layer not in attention]
+    return {"attention": attention, "mamba": state_spaces, **shared_layers(config)}
+
+
+def hybrid_keys(config: Config) -> Metadata:
+    heads, size = config.need("mamba_n_heads"), config.need("mamba_d_head")
+    ssm = ssm_keys(
+        config, heads * size, config.need("mamba_d_state"), config.need("mamba_d_conv"), heads, config.need("mamba_n_groups")
+    )  # fmt: skip
+    turned = {"rope.scaling.finetuned": boolean(config.get("position_embedding_type") == "rope")}
+    kv_heads = kv_heads_of_layers(config, _attention(config))
+    return granite_keys(config) | expert_keys(config) | shared_keys(config) | ssm | kv_heads | turned
+
+
+def _check_hybrid(config: Config) -> list[str]:
+    inner, hidden = config.need("mamba_n_heads") * config.need("mamba_d_head"), config.need("hidden_size")
+    if len(_attention(config)) == config.need("num_hidden_layers"):
+        raise PlanError(
+            "config.json: no layer is a state space; convert it with --architecture GraniteMoeSharedForCausalLM"
+        )
+    if not config.get("num_local_experts"):
+        raise PlanError(
+            "config.json: num_local_experts is 0; there is no table yet for a hybrid without experts"
+        )
+    if inner != 2 * hidden:
+        raise PlanError(f"config.json: state spaces of {inner}, llama.cpp's granitehybrid has {2 * hidden}")
+    return check_square_attention(config) + rope_notes(config)
+
+
+GRANITE_HYBRID = replace(
+    GRANITE,
+    name="granitehybrid",
+    classes=("GraniteMoeHybridForCausalLM",),
+    tensors=EMBEDDING | {"layers.{i}.input_layernorm": ROTARY_ATTENTION["layers.{i}.input_layernorm"]}
+    | only("attention", without(ROTARY_ATTENTION, "input_layernorm"))
+    | only("mamba", mixer_at("layers.{i}.mamba", MAMBA2_MIXER) | {
+        "layers.{i}.mamba.norm": to("blk.{i}.ssm_norm", cut=one_group("mamba_n_groups")),
+    }) | GRANITE_EXPERTS,
+    keys=hybrid_keys,
+    biases=QKV_BIASES | {"attn_output"} | MAMBA_BIASES,
+    defaults=SCALES | {
+        "rms_norm_eps": 1e-6, "max_position_embeddings": 2048, "num_local_experts": 8, "num_experts_per_tok": 2,
+        "shared_intermediate_size": 1024, "mamba_n_heads": 128, "mamba_n_groups": 1, "mamba_d_state": 256, "mamba_d_head": 64,
+        "mamba_d_conv": 4,
+    },
+    assumes={"hidden_act": ("silu",), "mamba_conv_bias": (True,), "mamba_proj_bias": (False,)},
+    check=_check_hybrid,
+    layers=_hybrid_layers,
+)  # fmt: skip

@@ -127,11 +127,12 @@ def importance_source(checkpoint: Checkpoint, steps: list[Step], recipe: Recipe)
 
 def _traits(architecture: Architecture, config: Config, has_imatrix: bool) -> ModelTraits:
     keys = {key: value.value for key, value in architecture.keys(config).items()}
+    kv_heads = keys.get("attention.head_count_kv", 0)
     return ModelTraits(
         architecture=architecture.name,
         blocks=keys["block_count"],
         heads=keys["attention.head_count"],
-        kv_heads=keys["attention.head_count_kv"],
+        kv_heads=kv_heads[0] if isinstance(kv_heads, list) else kv_heads,
         experts=keys.get("expert_count", 0),
         has_imatrix=has_imatrix,
     )

@@ -45,9 +45,7 @@ def test_defaults_are_transformers(architecture: Architecture) -> None:
     turned["rotary_pct"] = turned["partial_rotary_factor"]
     names = architecture.defaults.keys() - NOT_IN_TRANSFORMERS
     said = known.to_dict()  # not by getattr alone, which refuses what layers have for themselves
-    found = {
-        key: turned.get(key, said[key] if key in said else getattr(known, key, None)) for key in names
-    }
+    found = {key: turned.get(key, said[key] if key in said else getattr(known, key, None)) for key in names}
     assert found == {key: architecture.defaults[key] for key in names}
     assert architecture.config({}).tied == known.tie_word_embeddings
 

@@ -126,5 +126,16 @@ MORE: dict[str, tuple[Tiny, str]] = {
         "gemma4-moe": model("Gemma4ForCausalLM", "Gemma4TextConfig", **SIZE, **GEMMA4 | TWO_KINDS, hidden_size_per_layer_input=0,
                             enable_moe_block=True, num_experts=4, top_k_experts=2, moe_intermediate_size=256,
                             attention_k_eq_v=True, final_logit_softcapping=30.0),
+        "lfm2": model("Lfm2ForCausalLM", "Lfm2Config", ("LFM2ForCausalLM",), **SIZE, layer_types=["conv", "full_attention"]),
+        "lfm2moe": model("Lfm2MoeForCausalLM", "Lfm2MoeConfig", **SIZE, **EXPERTS, layer_types=["conv", "full_attention"],
+                         num_dense_layers=1, moe_intermediate_size=256),
+        "mamba": model("MambaForCausalLM", "MambaConfig", hidden_size=256, num_hidden_layers=2, state_size=16),
+        "mamba2": model("Mamba2ForCausalLM", "Mamba2Config", hidden_size=256, num_hidden_layers=2, state_size=32, num_heads=8,
+                        head_dim=64, n_groups=1),
+        "jamba": model("JambaForCausalLM", "JambaConfig", **FOUR, **EXPERTS, attn_layer_period=4, attn_layer_offset=1,
+                       mamba_dt_rank=16, use_mamba_kernels=False),
+        "granitehybrid": model("GraniteMoeHybridForCausalLM", "GraniteMoeHybridConfig", **SIZE, num_local_experts=4,
+                               num_experts_per_tok=2, shared_intermediate_size=256, mamba_n_heads=8, mamba_d_head=64,
+                               mamba_d_state=32, layer_types=["linear_attention", "full_attention"]),
     }.items()
 }  # fmt: skip
