@@ -97,9 +97,10 @@ READ_TENSORS = {
     "Ministral3ForCausalLM",
     "GraniteForCausalLM",
     "GraniteMoeForCausalLM",
+    "GraniteMoeHybridForCausalLM",
 }  # llama.cpp's graphs
 LLAMA3_ALONE = {"ArceeForCausalLM", "Exaone4ForCausalLM", "Llama4ForCausalLM"}
-ELSE = {"gpt2", "bloom", "mpt", "gemma4"}  # no rope, or one that their check looks at
+ELSE = {"gpt2", "bloom", "mpt", "gemma4", "mamba", "mamba2", "jamba"}  # no rope, or one that their check looks at
 ROTARY = [family.classes[0] for family in ARCHITECTURES if family.name not in ELSE and not family.text]
 
 
@@ -107,7 +108,7 @@ def keys_of(kind: str, rope: dict[str, Any] | None = None, **values: Any) -> dic
     """The metadata of a model of the class `kind`, without the architecture's name."""
     size = SIZE | {"vocab_size": 512, "intermediate_size": 128, "num_hidden_layers": 2, "head_dim": 16,
                    "moe_intermediate_size": 64, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16,
-                   "v_head_dim": 16, "num_experts_per_tok": 2}  # fmt: skip
+                   "v_head_dim": 16, "num_experts_per_tok": 2, "layer_types": ["full_attention"] * 2}  # fmt: skip
     config = CLASSES[kind].config(
         size | ({"rope_parameters": {"rope_theta": 1e4} | rope} if rope else {}) | values
     )
