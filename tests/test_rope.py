@@ -100,7 +100,15 @@ READ_TENSORS = {
     "GraniteMoeHybridForCausalLM",
 }  # llama.cpp's graphs
 LLAMA3_ALONE = {"ArceeForCausalLM", "Exaone4ForCausalLM", "Llama4ForCausalLM"}
-ELSE = {"gpt2", "bloom", "mpt", "gemma4", "mamba", "mamba2", "jamba"}  # no rope, or one that their check looks at
+ELSE = {
+    "gpt2",
+    "bloom",
+    "mpt",
+    "gemma4",
+    "mamba",
+    "mamba2",
+    "jamba",
+}  # no rope, or one that their check looks at
 ROTARY = [family.classes[0] for family in ARCHITECTURES if family.name not in ELSE and not family.text]
 
 
