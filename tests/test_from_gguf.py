@@ -371,7 +371,7 @@ def test_a_reference_that_cannot_be_converted_is_refused(llama, tmp_path) -> Non
     folder = write_checkpoint(tmp_path / "model")
     config = Llama().config
     for values, error in (
-        (config | {"architectures": ["MambaForCausalLM"]}, PlanError),
+        (config | {"architectures": ["OPTForCausalLM"]}, PlanError),
         (config | {"vocab_size": 600}, PlanError),
         (config | {"quantization_config": {"quant_method": "gptq"}}, CheckpointError),
     ):
