@@ -35,7 +35,7 @@ from llmcompress.checkpoint_output import (
     copies,
     write_checkpoint,
 )
-from llmcompress.grids.code_bits import code_bits
+from llmcompress.grids.code_bits import layout_of
 from llmcompress.grids.compiling import prepare_kernels
 from llmcompress.grids.grid import Grid
 from llmcompress.importance import Importance
@@ -85,7 +85,7 @@ class Format(Protocol):
 
     def feeds_errors(self, linear: Linear) -> bool:
         """Whether GPTQ can choose a linear's codes."""
-        return code_bits(self.grid(linear)) is not None
+        return layout_of(self.grid(linear)) is not None
 
     def scratch(self, linear: Linear) -> list[Entry]:
         """Tensors that `finish` needs."""

@@ -21,7 +21,7 @@ from llmcompress.errors import PlanError
 from llmcompress.filetypes import FileType, TypeChoice, choose_types, find_file_type
 from llmcompress.gguf.value import Metadata
 from llmcompress.grids import GRIDS
-from llmcompress.grids.code_bits import code_bits
+from llmcompress.grids.code_bits import layout_of
 from llmcompress.grids.grid import Grid
 from llmcompress.importance import Importance, Source
 from llmcompress.machine import cores, free_disk
@@ -79,7 +79,7 @@ class Plan:
 
     def method(self, step: Step, grid: Grid) -> str:
         """What chooses a tensor's codes: the recipe's method where it can, else rounding to nearest."""
-        possible = step.name in self.importance and code_bits(grid) is not None
+        possible = step.name in self.importance and layout_of(grid) is not None
         return self.recipe.method if possible else "nearest"
 
     @property

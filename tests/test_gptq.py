@@ -11,11 +11,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmcompress.grids import GRIDS
-from llmcompress.grids.code_bits import CODE_BITS, get_codes, lattice_of, levels_of
+from llmcompress.grids.code_bits import (
+    LAYOUTS,
+    book_of,
+    get_codes,
+    get_floats,
+    lattice_of,
+    layout_of,
+    levels_of,
+    put_floats,
+)
 from llmcompress.methods import FIRST_RUNG, gptq
 from llmcompress.methods.gptq import Solver
 
-NAMES = sorted(CODE_BITS)
+NAMES = sorted(LAYOUTS)
+BOOKS = [name for name in NAMES if book_of(GRIDS[name])]
+SINGLE = [name for name in NAMES if name not in BOOKS]
 TYPICAL = ("Q4_K", "Q3_K", "IQ4_XS", "Q5_0")
 
 
@@ -66,13 +77,12 @@ def plain_errors(errors: np.ndarray, hessian: np.ndarray) -> float:
     return float(errors @ hessian @ errors)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", SINGLE)
 def test_the_sweep_is_that_of_a_plain_loop(name: str) -> None:
     columns = GRIDS[name].block
     weights, hessian = weights_of(5, columns), products_of(columns)
-    solver = Solver.of(hessian)
-    data = gptq._feed_errors(weights, GRIDS[name], solver, "normal")
-    scale, offset = lattice_of(GRIDS[name], GRIDS[name].quantize(weights, solver.importance))
+    data = gptq._feed_errors(weights, GRIDS[name], Solver.of(hessian), "normal")
+    scale, offset = lattice_of(GRIDS[name], data)
     expected = plain_sweep(weights, hessian, scale, offset, levels_of(GRIDS[name]))
     found = get_codes(GRIDS[name], data)
     assert (found == expected).mean() > 0.98  # a tie in float32 may go the other way, and its row with it
@@ -81,6 +91,30 @@ def test_the_sweep_is_that_of_a_plain_loop(name: str) -> None:
         for codes in (found, expected)
     ]
     np.testing.assert_allclose(plain[0], plain[1], rtol=0.05)
+
+
+@pytest.mark.parametrize("name", BOOKS)
+def test_an_entry_is_the_best_of_all_for_its_signs_given_what_the_columns_behind_can_mend(name: str) -> None:
+    grid, book = GRIDS[name], book_of(GRIDS[name])
+    weights, hessian, size = weights_of(4, 256), products_of(256), book_of(GRIDS[name]).entries.shape[1]
+    solver = Solver.of(hessian)
+    data = gptq._feed_errors(weights, grid, solver, "fast")
+    scale, rounded = lattice_of(grid, data)[0], grid.dequantize(data)
+    factor = solver.factor.astype(np.float64)
+    left = weights.astype(np.float64)
+    for start in range(0, 256, size):
+        group = slice(start, start + size)
+        corner = factor[group, group]
+        square = np.linalg.inv(corner.T @ corner)
+        for row in range(len(weights)):
+            tried = (
+                left[row, group] - scale[row, group] * np.where(rounded[row, group] < 0, -1, 1) * book.entries
+            )
+            costs = np.einsum("ni,ij,nj->n", tried, square, tried)
+            error = left[row, group] - rounded[row, group]
+            assert error @ square @ error <= costs.min() * (1 + 1e-3) + 1e-6 * costs.max()
+        errors = (left[:, group] - rounded[:, group]) @ np.linalg.inv(corner)
+        left[:, start + size :] -= errors @ factor[group, start + size :]
 
 
 def test_columns_of_later_blocks_hear_of_the_errors_before_them() -> None:
@@ -125,40 +159,80 @@ def test_no_row_is_worse_than_nearest_and_most_are_far_better(name: str) -> None
     before = errors_of(weights, name, nearest, hessian)
     after = errors_of(weights, name, gptq.quantize(weights, GRIDS[name], solver), hessian)
     assert (after <= before * (1 + 1e-4)).all()
-    assert after.sum() < 0.6 * before.sum()
+    assert after.sum() < 0.5 * before.sum()
 
 
-@pytest.mark.parametrize("name", TYPICAL)
-def test_rounds_of_descent_never_raise_the_error(name: str) -> None:
+@pytest.mark.parametrize("name", [*TYPICAL, "Q4_1", "Q2_K", "IQ3_XXS", "IQ2_S"])
+def test_no_pass_over_the_blocks_raises_the_error(name: str) -> None:
     weights, hessian = weights_of(16, 512, 1), products_of(512, seed=1)
     solver, grid = Solver.of(hessian), GRIDS[name]
-    data = gptq._feed_errors(weights, grid, solver, "normal")
-    scales = lattice_of(grid, data)
-    errors = [errors_of(weights, name, data, hessian)]
-    for rounds in (1, 2, 4, 32):
-        moved = gptq._descend(weights, grid, data, solver, rounds)
-        errors.append(errors_of(weights, name, moved, hessian))
-        for before, after in zip(scales, lattice_of(grid, moved)):
-            np.testing.assert_array_equal(before, after)
+    data = gptq._feed_errors(weights, grid, solver, "fast")
+    errors = [errors_of(weights, name, data, solver.damped)]
+    for passes in (1, 2, 4):
+        settled, of_rows = gptq._settle(weights, grid, data, solver, passes)
+        errors.append(errors_of(weights, name, settled, solver.damped))
+        np.testing.assert_allclose(of_rows, errors_of(weights, name, settled, hessian), rtol=1e-3)
     for earlier, later in zip(errors, errors[1:]):
-        assert (later <= earlier * (1 + 1e-5)).all()
-    assert errors[-1].sum() < 0.999 * errors[0].sum()
+        assert (later <= earlier * (1 + 1e-4)).all()
+    assert errors[-1].sum() < 0.95 * errors[0].sum()
+
+
+@pytest.mark.parametrize("name", [*TYPICAL, "IQ3_S"])
+def test_moved_codes_keep_their_scales_and_the_pull_follows(name: str) -> None:
+    weights, hessian = weights_of(6, 256, 9), products_of(256, seed=9)
+    grid = GRIDS[name]
+    data = grid.quantize(weights)
+    pull = (weights - grid.dequantize(data)) @ hessian
+    moved = gptq._move_codes(grid, data, pull, hessian, pairs=True)
+    for before, after in zip(lattice_of(grid, data), lattice_of(grid, moved)):
+        np.testing.assert_array_equal(before, after)
+    expected = (weights - grid.dequantize(moved)) @ hessian
+    np.testing.assert_allclose(pull, expected, atol=1e-3 * np.abs(expected).max())
 
 
 @pytest.mark.parametrize("name", TYPICAL)
 def test_descent_ends_where_no_single_code_could_be_better(name: str) -> None:
     weights, hessian = weights_of(3, 256, 2), products_of(256, seed=2)
-    solver, grid = Solver.of(hessian), GRIDS[name]
-    data = gptq._descend(weights, grid, grid.quantize(weights), solver, 1000)
+    grid, plain = GRIDS[name], products_of(256, seed=2).astype(np.float64)
+    data = grid.quantize(weights)
+    for _ in range(6):
+        pull = (weights - grid.dequantize(data)) @ hessian
+        data = gptq._move_codes(grid, data, pull, hessian, pairs=False)
     (scale, offset), codes, levels = lattice_of(grid, data), get_codes(grid, data), levels_of(grid)
     for row in range(len(weights)):
         errors = weights[row].astype(np.float64) - (offset[row] + scale[row] * levels[codes[row]])
-        least = plain_errors(errors, hessian.astype(np.float64))
+        least = plain_errors(errors, plain)
         for j in range(0, 256, 5):
             for level in levels:
                 moved = errors.copy()
                 moved[j] = weights[row, j] - (offset[row, j] + scale[row, j] * level)
-                assert plain_errors(moved, hessian.astype(np.float64)) >= least * (1 - 1e-4)
+                assert plain_errors(moved, plain) >= least * (1 - 1e-4)
+
+
+@pytest.mark.parametrize("name", TYPICAL)
+def test_pairs_lower_what_single_codes_cannot(name: str) -> None:
+    weights, hessian, grid = weights_of(12, 256, 2), products_of(256, seed=2), GRIDS[name]
+    data, errors = grid.quantize(weights), []
+    for pairs in (False, False, True):
+        pull = (weights - grid.dequantize(data)) @ hessian
+        data = gptq._move_codes(grid, data, pull, hessian, pairs)
+        errors.append(errors_of(weights, name, data, hessian).sum())
+    assert errors[1] > 0.999 * errors[0] and errors[2] < 0.99 * errors[1]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_refit_is_no_worse_and_close_to_least_squares(name: str) -> None:
+    weights, hessian, grid = weights_of(5, 512, 4), products_of(512, seed=4), GRIDS[name]
+    data = grid.quantize(weights)
+    for place in layout_of(grid).floats:  # far from the best
+        data = put_floats(grid, data, place, np.float32(1.05) * get_floats(grid, data, place))
+    pull = (weights - grid.dequantize(data)) @ hessian
+    errors = [errors_of(weights, name, data, hessian)]
+    for _ in range(3):
+        data = gptq._refit(grid, data, pull, hessian)
+        errors.append(errors_of(weights, name, data, hessian))
+        assert (errors[-1] <= errors[-2] * (1 + 1e-3)).all()
+    assert errors[-1].sum() < 0.9 * errors[0].sum()
 
 
 def test_more_effort_is_never_worse() -> None:
@@ -254,9 +328,9 @@ def test_the_last_rungs_are_a_floor_and_float64(monkeypatch: pytest.MonkeyPatch)
     assert np.allclose(np.divide(dampings[1:], dampings[:-1]), 2)
 
 
-def test_a_type_without_single_codes_is_rounded_to_nearest() -> None:
+def test_a_type_without_a_layout_is_rounded_to_nearest() -> None:
     weights, solver = weights_of(4, 256), Solver.of(products_of(256))
-    for name in ("Q8_0", "IQ3_S", "F16"):
+    for name in ("Q8_0", "MXFP4", "F16"):
         assert not gptq.supports(GRIDS[name])
         np.testing.assert_array_equal(
             gptq.quantize(weights, GRIDS[name], solver), GRIDS[name].quantize(weights, solver.importance)
@@ -278,7 +352,7 @@ def test_the_caller_s_arrays_and_the_random_state_are_left_alone() -> None:
     np.testing.assert_array_equal(numpy_state, np.random.get_state()[1])
 
 
-@pytest.mark.parametrize("name", TYPICAL)
+@pytest.mark.parametrize("name", [*TYPICAL, "IQ3_XXS"])
 def test_rows_are_alone_whatever_slab_and_thread_they_are_in(name: str) -> None:
     weights, solver = weights_of(37, 768, 6), Solver.of(products_of(768, seed=6))
     whole = gptq.quantize(weights, GRIDS[name], solver)

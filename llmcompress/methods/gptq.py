@@ -1,10 +1,16 @@
 """GPTQ: round a column, and let the columns that follow make up for its error (Frantar et al., arXiv:2210.17323).
 
-The error is measured on the inputs the weight will see: e H eᵀ for a row's rounding error e, H = XᵀX. Here the scales of a
-block are fitted on the weights as the columns before it left them, weighed by the diagonal of H as an importance
-matrix; then codes go column by column; then all codes of a row are gone through again, each moved to where it is best
-given all others, until none moves (coordinate descent, as in QuantEase, arXiv:2309.01885). A row is taken only if
-its error is below that of rounding to nearest.
+The error is measured on the inputs the weight will see: e H eᵀ for a row's rounding error e, H = XᵀX. A row goes
+
+1. through the sweep, a block of columns at a time: scales fitted on the weights as the columns before left them, then
+   codes, column by column, or four or eight at a time where they share an entry of a codebook. A fit sees what each
+   column counts, not how they go together, so fits of several weighings go through the sweep and the best is taken.
+2. through its blocks again, given all others: each code moved to where it is best (coordinate descent, as in
+   QuantEase, arXiv:2309.01885), scales and minima to their least squares, pairs of codes to their next levels, until
+   a pass over the blocks changes nothing, or `PASSES` are over.
+
+It is taken only if its error is below that of rounding to nearest. A number format takes part by its entry in
+grids/code_bits.py.
 """
 
 from __future__ import annotations
@@ -15,17 +21,37 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from llmcompress.grids.code_bits import code_bits, get_codes, lattice_of, levels_of, put_codes
+from llmcompress.grids.code_bits import (
+    book_of,
+    get_codes,
+    get_floats,
+    get_numbers,
+    lattice_of,
+    layout_of,
+    levels_of,
+    put_codes,
+    put_floats,
+    put_numbers,
+)
 from llmcompress.grids.grid import Grid
-from llmcompress.methods.columns import descend, sweep
+from llmcompress.grids.lanes import WIDTH as LANES
+from llmcompress.methods.columns import HALF, SINGLE, WHOLE, descend, move_pairs, refit, sweep
+from llmcompress.methods.entries import book_tables, descend_entries, sweep_entries
 
-WIDTH = 256  # columns whose codes are chosen before the rest hears of their errors: a multiple of every block
+WIDTH = 256  # columns whose codes are chosen before the rest hears of their errors: a multiple of most blocks
 DAMPING = 0.01  # of the mean of H's diagonal; doubled while H is not positive definite
 LARGEST_DAMPING = 1.0
+RIDGE = 0.03
 FLOOR = 1e-6  # of the largest diagonal element
 CHOLESKY_BLOCK = 64
 LEAST_ROWS = 64  # of a product
-ROUNDS = {"fast": 0, "normal": 8, "best": 32}  # of coordinate descent at most
+WEIGHINGS = {
+    "fast": (1.0,),
+    "normal": (1.0, 0.5, 0.0),
+    "best": (1.0, 0.75, 0.5, 0.25, 0.0),
+}  # powers of importance
+PASSES = {"fast": 0, "normal": 2, "best": 8}  # over the blocks at most
+ROUNDS = 8  # of a descent in a block at most
 
 
 @dataclass(frozen=True)
@@ -58,6 +84,22 @@ class Solver:
         return np.ascontiguousarray(self.hessian.diagonal())
 
     @functools.cached_property
+    def damped(self) -> np.ndarray:
+        """H with a little on its diagonal, so that no error becomes large that these inputs happen not to show."""
+        hessian = self.hessian.copy()
+        hessian.flat[:: len(hessian) + 1] += self.ridge
+        return hessian
+
+    @functools.cached_property
+    def ridge(self) -> np.float32:
+        return np.float32(RIDGE * self.hessian.diagonal().mean())
+
+    @functools.cached_property
+    def conditional(self) -> np.ndarray:
+        """float32 (columns,): what an error counts in the sweep, where the columns behind make up for what they can."""
+        return (1 / self.factor.diagonal() ** 2).astype(np.float32)
+
+    @functools.cached_property
     def by_importance(self) -> tuple[np.ndarray, Solver]:
         """The columns in the order of their importance, the largest first, and the solver for them in that order."""
         order = np.argsort(-self.hessian.diagonal(), kind="stable")
@@ -65,8 +107,8 @@ class Solver:
 
 
 def supports(grid: Grid) -> bool:
-    """Whether a grid's codes can be chosen one by one."""
-    return code_bits(grid) is not None
+    """Whether a grid's numbers can be chosen one by one."""
+    return layout_of(grid) is not None
 
 
 def quantize(
@@ -85,8 +127,8 @@ def quantize(
         fed = _feed_errors_on(weights, grid, nearest, solver, act_order)
     else:
         fed = _feed_errors(weights, grid, solver, effort)
-    best = _descend(weights, grid, fed, solver, ROUNDS[effort])
-    worse = _errors(weights, grid, best, solver) > _errors(weights, grid, nearest, solver)
+    best, errors = _settle(weights, grid, fed, solver, PASSES[effort])
+    worse = errors > _errors(weights - grid.dequantize(nearest), solver)
     best[worse] = nearest[worse]
     return best
 
@@ -144,10 +186,18 @@ def _feed_errors(weights: np.ndarray, grid: Grid, solver: Solver, effort: str) -
     encoded = []
     for first in range(0, weights.shape[1], WIDTH):
         block = slice(first, first + WIDTH)
-        data = grid.quantize(left[:, block], solver.importance[block], effort)
-        encoded.append(
-            put_codes(grid, data, _round_block(left, block, *lattice_of(grid, data), grid, solver))
-        )
+        target, least = np.ascontiguousarray(left[:, block]), np.full(len(left), np.inf, np.float32)
+        for power in WEIGHINGS[effort]:
+            tried = grid.quantize(target, solver.conditional[block] ** np.float32(power), effort)
+            codes, made = _round_block(target, *lattice_of(grid, tried), grid, solver.factor[block, block])
+            cost = (made * made).sum(1)
+            tried, better = put_codes(grid, tried, codes), cost < least
+            if power == WEIGHINGS[effort][0]:
+                data, errors, least = tried, made, cost
+            else:
+                data[better], errors[better], least[better] = tried[better], made[better], cost[better]
+        left[:, block.stop :] -= _product(errors, solver.factor[block, block.stop :])
+        encoded.append(data)
     return np.concatenate(encoded, axis=1)
 
 
@@ -161,38 +211,105 @@ def _feed_errors_on(
     codes = np.empty(weights.shape, np.uint8)
     for first in range(0, weights.shape[1], WIDTH):
         block = slice(first, first + WIDTH)
-        codes[:, block] = _round_block(left, block, scale[:, block], offset[:, block], grid, ordered)
+        codes[:, block], errors = _round_block(
+            left[:, block], scale[:, block], offset[:, block], grid, ordered.factor[block, block]
+        )
+        left[:, block.stop :] -= _product(errors, ordered.factor[block, block.stop :])
     if act_order:
         codes[:, order] = codes.copy()
     return put_codes(grid, data, codes)
 
 
 def _round_block(
-    left: np.ndarray, block: slice, scale: np.ndarray, offset: np.ndarray, grid: Grid, solver: Solver
+    weights: np.ndarray, scale: np.ndarray, offset: np.ndarray, grid: Grid, factor: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """The codes of a block of columns on given scales and offsets, and their errors in units of the factor's diagonal."""
+    weights, scale, offset, factor = map(np.ascontiguousarray, (weights, scale, offset, factor))
+    errors, book = np.empty(scale.shape, np.float32), book_of(grid)
+    if book is None:
+        codes = np.empty(scale.shape, np.uint8)
+        sweep(weights, scale, offset, *_levels(grid), factor, codes, errors)
+        return codes, errors
+    size = book.entries.shape[1]
+    codes = np.empty((len(scale), scale.shape[1] // size), np.int32)
+    corners = [factor[i : i + size, i : i + size].astype(np.float64) for i in range(0, len(factor), size)]
+    squares = np.array([np.linalg.inv(corner.T @ corner) for corner in corners], np.float32)
+    sweep_entries(weights.copy(), scale, *book_tables(book), squares, factor, codes, errors)
+    return codes, errors
+
+
+def _settle(
+    weights: np.ndarray, grid: Grid, data: np.ndarray, solver: Solver, passes: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Codes and scales of each block moved to where the row's error is least, given the rest; and e H eᵀ of every row."""
+    data, errors = data.copy(), weights - grid.dequantize(data)
+    pull = _product(errors, solver.damped)
+    width = WIDTH if WIDTH % grid.block == 0 else grid.block
+    for _ in range(passes):
+        still = True
+        for first in range(0, weights.shape[1], width):
+            block = slice(first, first + width)
+            held = slice(first // grid.block * grid.block_bytes, block.stop // grid.block * grid.block_bytes)
+            settled = _settle_block(grid, data[:, held], pull[:, block], solver.damped[block, block])
+            moved = weights[:, block] - grid.dequantize(settled)
+            change = errors[:, block] - moved
+            rows = np.flatnonzero(change.any(1))
+            if len(rows):
+                pull[rows] += _product(-change[rows], solver.damped[block])
+                data[:, held], errors[:, block], still = settled, moved, False
+        if still:
+            break
+    return data, (pull * errors - solver.ridge * errors * errors).sum(1)
+
+
+def _settle_block(grid: Grid, data: np.ndarray, pull: np.ndarray, hessian: np.ndarray) -> np.ndarray:
+    """One block's encoded rows, with better numbers. pull: e H of its columns, hessian: their block of H."""
+    data, pull, hessian = np.ascontiguousarray(data), pull.copy(), np.ascontiguousarray(hessian)
+    data = _move_codes(grid, data, pull, hessian, pairs=False)
+    data = _refit(grid, data, pull, hessian)
+    return _move_codes(grid, data, pull, hessian, pairs=len(hessian) <= WIDTH and len(hessian) % LANES == 0)
+
+
+def _move_codes(
+    grid: Grid, data: np.ndarray, pull: np.ndarray, hessian: np.ndarray, pairs: bool
 ) -> np.ndarray:
-    """The codes of a block of columns, uint8, on scales and offsets of its size; the columns of `left` behind it
-    make up for its errors."""
-    codes, errors = np.empty(scale.shape, np.uint8), np.empty(scale.shape, np.float32)
-    lattice = np.ascontiguousarray(scale), np.ascontiguousarray(offset), *_levels(grid)
-    factor = np.ascontiguousarray(solver.factor[block, block])
-    sweep(np.ascontiguousarray(left[:, block]), *lattice, factor, codes, errors)
-    left[:, block.stop :] -= _product(errors, solver.factor[block, block.stop :])
-    return codes
-
-
-def _descend(weights: np.ndarray, grid: Grid, data: np.ndarray, solver: Solver, rounds: int) -> np.ndarray:
-    """Codes moved one at a time to where the row's error is least, the scales of `data` fixed."""
-    pull = _product(weights - grid.dequantize(data), solver.hessian)  # e H, (rows, columns)
-    scale, _ = lattice_of(grid, data)
-    codes = get_codes(grid, data)
-    order = np.argsort(-solver.hessian.diagonal(), kind="stable")
-    descend(pull, solver.hessian, codes, scale, *_levels(grid), order, rounds)
+    """Codes moved to where they are best, the scales fixed; `pull` follows."""
+    (scale, _), codes, book = lattice_of(grid, data), get_codes(grid, data), book_of(grid)
+    importance = hessian.diagonal()
+    if book is None:
+        order = np.argsort(-importance, kind="stable")
+        descend(pull, hessian, codes, scale, *_levels(grid), order, ROUNDS)
+        if pairs:
+            move_pairs(pull, hessian, codes, scale, levels_of(grid))
+            descend(pull, hessian, codes, scale, *_levels(grid), order, ROUNDS)
+    else:
+        order = np.argsort(-importance.reshape(-1, book.entries.shape[1]).sum(1), kind="stable")
+        descend_entries(pull, hessian, codes, scale, *book_tables(book), order, ROUNDS)
     return put_codes(grid, data, codes)
 
 
-def _errors(weights: np.ndarray, grid: Grid, data: np.ndarray, solver: Solver) -> np.ndarray:
-    """e H eᵀ of every row."""
-    errors = weights - grid.dequantize(data)
+def _refit(grid: Grid, data: np.ndarray, pull: np.ndarray, hessian: np.ndarray) -> np.ndarray:
+    """Scales and minima moved to where they are best, the codes fixed; `pull` follows."""
+    layout = layout_of(grid)
+    for numbers in layout.parts:
+        values, (least, most) = get_numbers(grid, data, numbers), numbers.range
+        step = np.where(values < most, 1, -1).astype(np.int32)
+        slopes = grid.dequantize(put_numbers(grid, data, numbers, values + step)) - grid.dequantize(data)
+        slopes *= np.repeat(step, slopes.shape[1] // step.shape[1], axis=1)
+        fitted = values.astype(np.float32)
+        refit(pull, hessian, slopes, fitted, WHOLE, least, most)
+        data = put_numbers(grid, data, numbers, fitted.astype(np.int32))
+    for place in layout.floats:
+        fitted, alone = get_floats(grid, data, place), data
+        for other in layout.floats:
+            alone = put_floats(grid, alone, other, float(other == place))
+        refit(pull, hessian, grid.dequantize(alone), fitted, HALF if place[1] == "<f2" else SINGLE, 0, 0)
+        data = put_floats(grid, data, place, fitted)
+    return data
+
+
+def _errors(errors: np.ndarray, solver: Solver) -> np.ndarray:
+    """e H eᵀ of every row of errors."""
     return (_product(errors, solver.hessian) * errors).sum(1)
 
 
