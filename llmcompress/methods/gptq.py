@@ -41,10 +41,15 @@ from llmcompress.methods.entries import book_tables, descend_entries, sweep_entr
 WIDTH = 256  # columns whose codes are chosen before the rest hears of their errors: a multiple of most blocks
 DAMPING = 0.01  # of the mean of H's diagonal; doubled while H is not positive definite
 LARGEST_DAMPING = 1.0
-RIDGE = 0.03
 FLOOR = 1e-6  # of the largest diagonal element
 CHOLESKY_BLOCK = 64
 LEAST_ROWS = 64  # of a product
+# Of the mean of H's diagonal, added to it after the sweep: codes moved freely give up whatever the calibration happens not
+# to show. Without it a row of Q2_K had a squared error as large as its weights. KL over that of ggml's quantizer on
+# sample-llama-6m at 0, 0.003, 0.01, 0.03: Q4_K 0.379, 0.379, 0.371, 0.370; Q2_K none, 0.395, 0.392, 0.388.
+RIDGE = 0.03
+# e H e over that of rounding to nearest, mean of sample-llama-6m's matrices, with 1, 2 and 3 passes: Q4_K 0.203, 0.197,
+# 0.197; Q3_K 0.173, 0.160, 0.159. A weighing less costs 1 to 3 % of it, pairs are worth 10 %, the refit 2 (IQ4_XS) to 10 (Q2_K).
 WEIGHINGS = {
     "fast": (1.0,),
     "normal": (1.0, 0.5, 0.0),
