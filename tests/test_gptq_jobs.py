@@ -112,7 +112,7 @@ def test_the_report_names_methods_and_rungs(tiny: Tiny, tmp_path: Path) -> None:
     products = (100 - 99 * np.eye(512, dtype=np.float32))[None]  # ones on the diagonal, and not positive
     safetensors.numpy.save_file({"products": products}, folder / bad)
     result = llmcompress.quantize(
-        model, tmp_path / "out.gguf", type="Q4_K_S", tensor_types=[("ffn_up", "Q8_0"), ("ffn_gate", "IQ3_S")],
+        model, tmp_path / "out.gguf", type="Q4_K_S", tensor_types=[("ffn_up", "Q8_0"), ("ffn_gate", "MXFP4")],
         method="gptq", hessian=str(folder),
     )  # fmt: skip
     found = {tensor.name: tensor for tensor in result.outputs[0].tensors}
@@ -126,7 +126,7 @@ def test_the_report_names_methods_and_rungs(tiny: Tiny, tmp_path: Path) -> None:
     ):
         assert found[name].method == "nearest" and found[name].rungs == {}
     assert any("blk.0.ffn_down.weight" in note and "no Cholesky factor" in note for note in result.notes)
-    assert any("Q8_0" in note and "IQ3_S" in note and "nearest" in note for note in result.notes)
+    assert any("Q8_0" in note and "MXFP4" in note and "nearest" in note for note in result.notes)
     written = result.as_dict()["outputs"][0]["tensors"]
     assert {"method": "gptq", "rungs": {"damping 0.01": 1}}.items() <= next(
         tensor for tensor in written if tensor["name"] == "blk.0.attn_q.weight"
@@ -134,10 +134,10 @@ def test_the_report_names_methods_and_rungs(tiny: Tiny, tmp_path: Path) -> None:
     json.dumps(result.as_dict())
 
 
-def test_types_without_single_codes_have_the_bytes_of_nearest(tiny: Tiny, tmp_path: Path) -> None:
+def test_types_without_a_layout_have_the_bytes_of_nearest(tiny: Tiny, tmp_path: Path) -> None:
     model = tiny("llama-tied")
     folder = hessian_of(model, tmp_path / "sums", 1024)
-    for type in ("Q8_0", "IQ3_XXS"):
+    for type in ("Q8_0", "TQ2_0"):
         one, two = tmp_path / f"{type}-gptq.gguf", tmp_path / f"{type}.gguf"
         llmcompress.quantize(model, one, type=type, method="gptq", hessian=str(folder), pure=True)
         llmcompress.quantize(model, two, type=type, hessian=str(folder), pure=True)

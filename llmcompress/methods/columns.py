@@ -115,7 +115,7 @@ def move_pairs(pull, hessian, codes, scale, levels):
                 least = np.float32(0)
                 for lane in range(WIDTH):
                     least = min(least, lanes[direction, lane])
-                if not alone[direction] + least < np.float32(-1e-6) * alone[direction]:
+                if not alone[direction] + least < np.float32(-1e-6) * abs(alone[direction]):
                     continue
                 partner, upwards, least = i, True, np.float32(0)
                 for j in range(start * WIDTH, columns):
@@ -123,6 +123,8 @@ def move_pairs(pull, hessian, codes, scale, levels):
                     one, other = up[j] + share * rise[j], down[j] + share * fall[j]
                     if min(one, other) < least:
                         partner, upwards, least = j, one <= other, min(one, other)
+                if partner == i:  # none gains anything beside it
+                    continue
                 y = np.float32(0.5) * (rise[partner] if upwards else fall[partner])
                 codes[row, i] += 1 if direction == 0 else -1
                 codes[row, partner] += 1 if upwards else -1
