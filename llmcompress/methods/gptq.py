@@ -80,7 +80,7 @@ class Solver:
         hessian[dead, :] = 0
         hessian[:, dead] = 0
         hessian.diagonal()[dead] = 1
-        factor, rung = _factor(hessian)
+        factor, rung = (None, "rounded to nearest: no inputs") if dead.all() else _factor(hessian)
         return cls(hessian.numpy(), None if factor is None else factor.numpy(), rung)
 
     @property
