@@ -138,7 +138,8 @@ class Places:
             pieces = []
         for place, own in pieces:
             there = self._pieces.get(place)
-            if there is None or (there.rows, there.tensor.columns) != (own.rows, update.inputs):
+            sizes = (own.rows, update.inputs, 1)
+            if there is None or (there.rows, there.tensor.columns, there.stride) != sizes:
                 pieces = []
                 break
             matrix, start = divmod(own.first, update.outputs)

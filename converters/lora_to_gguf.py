@@ -126,10 +126,6 @@ def plan_lora(adapter: str | Path, base: str | Path, out: str | Path, type: str 
             raise PlanError(
                 f"{opened.directory}: changes {_source(pair)}; llama.cpp adapts no {pair.step.name}; {MERGE}"
             )
-        if any(piece.top or piece.stride > 1 for piece in pair.step.pieces):
-            raise PlanError(
-                f"{opened.directory}: changes {_source(pair)}, whose matrices {pair.step.name} has transposed; {MERGE}"
-            )
         if pair.step.operation.compute:
             raise PlanError(
                 f"{opened.directory}: changes {_source(pair)}, which {pair.step.operation.name} makes {pair.step.name}; {MERGE}"
@@ -185,7 +181,7 @@ def _pair(step: Step, patches: Mapping[str, Sequence[Patch]]) -> Pair:
         piece.tensor.name: patches[piece.tensor.name] for piece in step.pieces if piece.tensor.name in patches
     }
     ranks = tuple(
-        sum(update.rank for update in {id(part.patch.update): part.patch.update for part in parts}.values())
+        sum({_shared(part): part.patch.update.rank for part in parts}.values())
         for parts in _by_matrix(step, own)
     )
     return Pair(step, ranks, own)
@@ -193,70 +189,84 @@ def _pair(step: Step, patches: Mapping[str, Sequence[Patch]]) -> Pair:
 
 @dataclass(frozen=True)
 class _Part:
-    """`rows` rows of a step's matrix, from `start` on, that lie on a patch: its piece's rows from `first` on."""
+    """What a patch adds to a matrix of a step: to `rows` rows from `start` on, `first` being the first of them in the
+    piece; to `columns` columns from `left` on where the step is transposed, else to all."""
 
     patch: Patch
     piece: Piece
     start: int
     first: int
     rows: int
+    left: int
+    columns: int
 
 
 def _by_matrix(step: Step, patches: Mapping[str, Sequence[Patch]]) -> Iterator[list[_Part]]:
     """The parts of each stacked matrix of a step."""
-    height = step.shape[-2] if len(step.shape) > 1 else 1
+    height, width = step.shape[-2:] if len(step.shape) > 1 else (1, step.shape[-1])
     parts: list[_Part] = []
     start = 0
     for piece in step.pieces:
         for patch in patches.get(piece.tensor.name, ()):
-            if step.operation.transposed:
+            if step.operation.transposed:  # the source's rows are columns
+                left, right = _overlap(patch, piece.top, width, 1)
                 first, end = 0, piece.rows
             else:
-                first = max(0, patch.first - piece.first)
-                end = min(piece.rows, patch.first + patch.rows - piece.first)
-            if first < end:
-                parts.append(_Part(patch, piece, start % height + first, first, end - first))
+                left, right = 0, width
+                first, end = _overlap(patch, piece.first, piece.rows, piece.stride)
+            if first < end and left < right:
+                parts.append(_Part(patch, piece, start % height + first, first, end - first, left, right - left))
         start += piece.rows
         if start % height == 0:
             yield parts
             parts = []
 
 
+def _overlap(patch: Patch, first: int, rows: int, stride: int) -> tuple[int, int]:
+    """Which of `rows` rows of the source, each `stride`th from `first` on, lie on a patch: from the one to the other."""
+    begin, end = ((row - first + stride - 1) // stride for row in (patch.first, patch.first + patch.rows))
+    return max(0, begin), min(rows, end)
+
+
 def _matrices(plan: LoraPlan, pair: Pair) -> tuple[np.ndarray, np.ndarray]:
     """lora_a and lora_b as the file has them, float32."""
     step, rank = pair.step, max(pair.ranks)
     *stack, rows, columns = step.shape
-    left = np.zeros((len(pair.ranks), rows, rank), np.float32)
-    right = np.zeros((len(pair.ranks), rank, columns), np.float32)
+    arrange, by_value = step.operation.arrange, step.operation.group == 1
+    b = np.zeros((len(pair.ranks), rows, rank), np.float32)
+    a = np.zeros((len(pair.ranks), rank, columns), np.float32)
     for matrix, parts in enumerate(_by_matrix(step, pair.patches)):
-        places: dict[int, slice] = {}
+        places: dict[tuple[int, int], slice] = {}
         for part in parts:
             update: LowRank = part.patch.update
-            if id(update) not in places:
-                used = sum(place.stop - place.start for place in places.values())
-                places[id(update)] = slice(used, used + update.rank)
-            place = places[id(update)]
-            b, a = _factors(step, part)
+            used = sum(place.stop - place.start for place in places.values())
+            place = places.setdefault(_shared(part), slice(used, used + update.rank))
+            left, right = _factors(step, part)
             factor = update.scale * rank / plan.alpha
-            left[matrix, part.start : part.start + part.rows, place] = b * np.float32(factor)
-            right[matrix, place] = a
-        if step.operation.arrange:
-            if step.operation.group > 1:
-                left[matrix] = step.operation.arrange(left[matrix])
-            else:
-                right[matrix] = step.operation.arrange(right[matrix])
+            b[matrix, part.start : part.start + part.rows, place] = left * np.float32(factor)
+            a[matrix, place, part.left : part.left + part.columns] = (
+                arrange(np.ascontiguousarray(right)) if arrange and by_value else right
+            )
+        if arrange and not by_value:
+            b[matrix] = arrange(b[matrix])
     if step.name == EMBEDDING:
-        return left[0], np.ascontiguousarray(right[0].T)
-    return right.reshape(*stack, rank, columns), left.reshape(*stack, rows, rank)
+        return b[0], np.ascontiguousarray(a[0].T)
+    return a.reshape(*stack, rank, columns), b.reshape(*stack, rows, rank)
+
+
+def _shared(part: _Part) -> tuple[int, int]:
+    """Parts of one matrix of one update have their ranks in common."""
+    return id(part.patch.update), part.patch.matrix
 
 
 def _factors(step: Step, part: _Part) -> tuple[np.ndarray, np.ndarray]:
     """float32 (rows, rank) and (rank, columns) of a part."""
     patch, piece = part.patch, part.piece
-    if step.operation.transposed:  # rows are the source's columns
-        left, right = patch.right().T, patch.left(patch.first, patch.rows).T
-        return left[piece.first + part.first : piece.first + part.first + part.rows], right
-    return patch.left(piece.first + part.first, part.rows), patch.right()
+    first, stride = piece.first + part.first * piece.stride, piece.stride
+    end = first + (part.rows - 1) * stride + 1
+    if step.operation.transposed:
+        return patch.right().T[first:end:stride], patch.left(piece.top + part.left, part.columns).T
+    return patch.left(first, end - first)[::stride], patch.right()
 
 
 def _rounded(name: str, values: np.ndarray, type: str) -> np.ndarray:
