@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -141,7 +142,11 @@ def _statistics(
 
 def places_of(steps: Sequence[Step], lockstep: Lockstep, expected: Mapping[str, int]) -> dict[str, Places]:
     """For every step whose weights are multiplied with inputs, by name: of each of its matrices, the model's parameter
-    and the matrix in it. `expected` has the stacked matrices of every such parameter."""
+    and the matrix in it. `expected` has the stacked matrices of every such parameter.
+
+    Left out are steps whose inputs are not those of the model's own product: of columns in another order, and heads that
+    llama.cpp multiplies with one by one (MLA's). Whoever wants their statistics hears that there are none.
+    """
     places = {}
     for step in steps:
         targets = [lockstep.weights.targets.get(piece.tensor.name) for piece in step.pieces]
@@ -149,9 +154,11 @@ def places_of(steps: Sequence[Step], lockstep: Lockstep, expected: Mapping[str, 
             continue
         if len(set(targets)) == 1:  # one weight, or experts that the checkpoint has stacked already
             name = targets[0].parameter
-            places[step.name] = [(name, matrix) for matrix in range(expected[name])]
+            found = [(name, matrix) for matrix in range(expected[name])]
         else:
-            places[step.name] = [(target.parameter, target.matrix) for target in targets]
+            found = [(target.parameter, target.matrix) for target in targets]
+        if len(found) == math.prod(step.shape[:-2]) and not step.operation.moves_columns:
+            places[step.name] = found
     return places
 
 

@@ -116,7 +116,7 @@ def of_columns(name: str, order: Callable[[Config], np.ndarray]) -> Make:
         chosen = order(config)
         if len(chosen) != tensor.columns:
             raise PlanError(f"{tensor.name}: {tensor.columns} columns, by config.json they are {len(chosen)}")
-        return Operation(name, 1, lambda rows: np.ascontiguousarray(rows[:, chosen]))
+        return Operation(name, 1, lambda rows: np.ascontiguousarray(rows[:, chosen]), moves_columns=True)
 
     return operation
 

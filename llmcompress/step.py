@@ -18,7 +18,7 @@ class Operation:
 
     `arrange` reorders raw rows `(rows, columns)` of any dtype within runs of `group` rows, or the values of a
     row where `group` is 1; `compute` maps float32 rows to float32 rows, and `inverse` maps them back.
-    `transposed` means that the rows are the source's columns.
+    `transposed` means that the rows are the source's columns, `moves_columns` that values change places within a row.
     """
 
     name: str
@@ -27,6 +27,7 @@ class Operation:
     compute: Callable[[np.ndarray], np.ndarray] | None = None
     inverse: Callable[[np.ndarray], np.ndarray] | None = None
     transposed: bool = False
+    moves_columns: bool = False
 
 
 COPY = Operation("copy")

@@ -25,6 +25,8 @@ from llmcompress.converters.calibration import (
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from synthetic_checkpoint import Llama, poke, write_checkpoint
+from tiny_families import MORE
+from tiny_models import BYTE_BPE, SENTENCEPIECE, build
 from typer.testing import CliRunner, Result
 
 import llmcompress
@@ -531,3 +533,22 @@ def test_every_iq_type_takes_our_statistics_and_runs(name: str, weighted: dict[s
     assert meta == "imatrix.gguf"
     distance = np.linalg.norm(found[name] - found["F32"]) / np.linalg.norm(found["F32"])
     assert distance < WEIGHTED[name]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "without"),
+    [("qwen35", "ssm_out"), ("deepseek2", "attn_k_b attn_v_b"), ("mamba2", ""), ("granitehybrid", ""), ("gpt-oss", "")],
+)  # fmt: skip
+def test_inputs_in_another_order_are_not_taken_for_a_tensors_own(
+    name: str, without: str, root: Path, tmp_path: Path
+) -> None:
+    tokenizers = {BYTE_BPE: root / "examples/sample-llama-6m", SENTENCEPIECE: root / "tests/data/stories260K"}
+    model = build(name, tmp_path / "tiny", tokenizers, models=MORE)
+    found = set(calibrate_model(model, tmp_path / "a.gguf", SMALL, Progress()).statistics.entries)
+    made = llmcompress.quantize(
+        model, tmp_path / "a-q.gguf", type="Q4_K_S", imatrix=str(tmp_path / "a.gguf")
+    ).outputs[0]
+    rounded = {tensor.name for tensor in made.tensors if tensor.type not in ("F32", "F16")}
+    missing = {place.split(".")[2] for place in rounded - found - {"token_embd.weight", "output.weight"}}
+    assert missing == set(without.split())
