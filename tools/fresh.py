@@ -54,7 +54,12 @@ def example() -> int:
 def tests(arguments: list[str]) -> int:
     python = environment(".venv-tests", [[TORCH], ["-e", ".[dev]"]])
     install_auto_gptq(python)
-    return subprocess.run([python, "-m", "pytest", *(arguments or ["-q"])], cwd=ROOT).returncode
+    workers = ["-n", str(os.cpu_count() or 1), "--dist", "worksteal"]  # a later -n among the arguments counts
+    return subprocess.run(
+        [python, "-m", "pytest", *workers, *(arguments or ["-q"])],
+        cwd=ROOT,
+        env={"OMP_WAIT_POLICY": "PASSIVE", **os.environ},  # threads that wait leave the cores to other tests
+    ).returncode
 
 
 def install_auto_gptq(python: Path) -> None:
