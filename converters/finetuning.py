@@ -30,7 +30,7 @@ from llmcompress.json_object import read_object
 from llmcompress.machine import cores
 from llmcompress.progress import Progress
 from llmcompress.row_packing import packs_cleanly
-from llmcompress.training import Curve, trainer_of
+from llmcompress.training import Curve, keeps_best, trainer_of
 from llmcompress.training_curve import draw
 from llmcompress.tuning_data import ExampleReader, TuningData, tuning_data
 from llmcompress.tuning_options import Chosen, TuningOptions, chosen
@@ -214,6 +214,8 @@ class _Run:
         init, path = self.options.init, self.part / "start.safetensors"
         if init == "default":
             return
+        if any("default" in getattr(module, "lora_embedding_A", ()) for module in model.modules()):
+            raise LlmcompressError(f"--init {init}: is for linears; leave the embedding out of --target")
         source = model.get_base_model()
         if self.load == "4bit":
             source = load_frozen(self.checkpoint.directory, "16bit", torch.device("cpu"), torch.bfloat16)
@@ -244,6 +246,8 @@ class _Run:
             return
         if self.options.init == "loftq":
             shutil.copytree(folder, folder / AS_TRAINED)
+            as_it_is = {"load": self.load, "options": {"init": "default"}}  # what merging looks at
+            (folder / AS_TRAINED / "finetune.json").write_text(json.dumps(as_it_is) + "\n")
             self.notes.append(
                 f"the adapter fits the unquantized model; {AS_TRAINED}/ in it is as trained, for the model in NF4"
             )
@@ -261,9 +265,13 @@ class _Run:
         job = json.loads(json.dumps(job))
         record = self.part / "job.json"
         whole = [path.parent for path in self.part.glob("checkpoint-*/trainer_state.json")]
-        if not whole:  # nothing worth going on with
+        if not whole or not keeps_best(self.options):  # nothing that can be gone on with
             with self.state.main_process_first():
                 if self.state.is_main_process:
+                    if self.part.is_dir() and any(self.part.iterdir()) and not record.exists():
+                        raise LlmcompressError(
+                            f"{self.part}: is no unfinished run of finetune; remove it or choose another -o"
+                        )
                     shutil.rmtree(self.part, ignore_errors=True)
                     self.part.mkdir(parents=True)
                     with whole_file(record) as file:
@@ -276,8 +284,7 @@ class _Run:
                 "it, or remove the folder"
             )
         last = max(whole, key=lambda path: int(path.name.partition("-")[2]))
-        anew = "; AdaLoRA weighs its ranks anew" if self.options.method == "adalora" else ""
-        self.notes.append(f"went on from step {last.name.partition('-')[2]} of an earlier run{anew}")
+        self.notes.append(f"went on from step {last.name.partition('-')[2]} of an earlier run")
         return last
 
     def _report(
@@ -285,7 +292,8 @@ class _Run:
     ) -> TuningReport:
         untuned = curve.held_out[0][1] if curve.held_out else None
         trained = [point for point in curve.held_out if point[0]]
-        best = min(trained, key=lambda point: point[1], default=(trainer.state.global_step, None))
+        order = (lambda point: point[1]) if keeps_best(self.options) else (lambda point: -point[0])
+        best = min(trained, key=order, default=(trainer.state.global_step, None))
         if untuned is not None and best[1] is not None and best[1] >= untuned:
             self.notes.append(
                 f"the held-out loss never fell below the model's own {untuned:.4f}: is the data like what is held out?"

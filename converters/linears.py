@@ -53,13 +53,18 @@ def _of_step(architecture: Architecture, step: Step) -> Iterator[Linear]:
             name, rows = _expert_name(architecture, step, matrix), piece
         else:
             name = tensor.name.removesuffix(".weight")
+            if step.columns != (tensor.rows if step.operation.transposed else tensor.columns):
+                operation = AS_IT_IS  # a cut of heads for llama.cpp: the linear is the whole
             rows = Piece(tensor, 0, tensor.columns if operation.transposed else tensor.rows)
             if name == tensor.name:
                 raise PlanError(
                     f"{tensor.name}: is no .weight of a module, so it cannot become a linear's codes"
                 )
-        own = Step(name, (rows.rows, step.columns), (rows,), operation)
-        yield Linear(own, step.name, matrix if len(step.shape) > 2 else 0)
+        columns = rows.tensor.rows if operation.transposed else rows.tensor.columns
+        own = Step(name, (rows.rows, columns if len(tensor.shape) == 2 else step.columns), (rows,), operation)
+        same = own.columns == step.columns and not step.operation.moves_columns
+        # Of inputs in another order there are no statistics by the linear's own name.
+        yield Linear(own, step.name if same else name, matrix if len(step.shape) > 2 and same else 0)
 
 
 def _expert_name(architecture: Architecture, step: Step, expert: int) -> str:

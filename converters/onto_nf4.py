@@ -40,6 +40,11 @@ class RoundedCheckpoint(WrappedCheckpoint):
         linears = linears_of(find_architecture(Config(base.config)), steps)
         stacked = {step.name for step in steps if len(step.shape) > 2}
         for linear in linears:
+            if linear.step.operation.transposed:
+                raise PlanError(
+                    f"{base.directory}: {linear.step.name} lies as (in, out), and bitsandbytes rounds it the other way round; "
+                    "give --onto 16bit"
+                )
             if linear.inputs in stacked:
                 raise PlanError(
                     f"{base.directory}: {linear.step.name} is an expert's, and which experts a model has in 4 bits no "

@@ -151,10 +151,16 @@ def quantization_config(recipe: Recipe, left_out: Sequence[str] = ()) -> dict[st
 
 
 def _left_out(plan: CodedPlan) -> list[str]:
-    """Patterns for the output matrix, and for routers."""
-    routers = {
-        name.removesuffix(".weight").rpartition(".layers.")[2].partition(".")[2]
+    """Patterns for the output matrix, for routers, and for layers of other parts."""
+    coded = {_within_layer(linear.step.name) for linear in plan.linears}
+    kept = [
+        name.removesuffix(".weight")
         for name, tensor in plan.kept.items()
         if ".layers." in name and name.endswith(".weight") and len(tensor.shape) > 1
-    }
-    return [".*lm_head.*", *(rf".*\.{re.escape(name)}$" for name in sorted(routers))]
+    ]
+    places = {f".{_within_layer(name)}" if _within_layer(name) not in coded else name for name in kept}
+    return [".*lm_head.*", *(rf".*{re.escape(place)}$" for place in sorted(places))]
+
+
+def _within_layer(name: str) -> str:
+    return name.rpartition(".layers.")[2].partition(".")[2]

@@ -174,7 +174,9 @@ class Checkpoint:
             self.index = sources.decoded(self.settings, self.config, self.stored, self.read_stored)
         if self.notes:
             self.settings = {}
-            self.config = {key: value for key, value in self.config.items() if key != "quantization_config"}
+            self.config = _without_settings(self.config)
+            if isinstance(part := self.config.get("text_config"), dict):
+                self.config["text_config"] = _without_settings(part)
 
     def _read_decoded(self, tensor: DecodedTensor, first: int, out: np.ndarray) -> None:
         """`read_into` for a weight that is decoded."""
@@ -236,6 +238,11 @@ def read_index(file: Path) -> dict[str, TensorInfo]:
     if file.suffix == ".safetensors":
         return safetensors_header.read_header(file).tensors
     return torch_zip.read_index(file)
+
+
+def _without_settings(config: dict[str, Any]) -> dict[str, Any]:
+    """A config of plain weights."""
+    return {key: value for key, value in config.items() if key != "quantization_config"}
 
 
 def _fill(target: memoryview, descriptor: int, position: int) -> int:

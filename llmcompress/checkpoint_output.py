@@ -40,7 +40,7 @@ SCRATCH = "scratch"  # a file of the folder while it is being made
 
 # What lies beside the weights and is copied: tokenizer, generation config, chat template and the model's own code.
 COMPANIONS = {".json", ".model", ".txt", ".jinja", ".tiktoken", ".py"}
-NOT_COPIED = {"config.json", "quantize_config.json", "quant_config.json", "adapter_config.json"}
+NOT_COPIED = {"config.json", "quantize_config.json", "quant_config.json", "hf_quant_config.json", "adapter_config.json"}
 
 Data = np.ndarray | bytes
 

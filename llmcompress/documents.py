@@ -68,15 +68,16 @@ def document_of(record: Any, where: str) -> Document:
     system = checked(record[first[SYSTEM]], f"{where}: {first[SYSTEM]}") if first[SYSTEM] else ""
     if key := first[CHATS]:
         return _chat(record[key], f"{where}: {key}", system)
-    if key := first[TEXT]:
-        return checked(record[key], f"{where}: {key}")
-    asked = [key for key in PROMPTS if key in record][:1] + [key for key in ("input",) if key in record]
+    asked = [key for key in PROMPTS if key in record][:1]
+    asked += [key for key in ("input", "context") if key in record and key not in asked]
     if asked and (key := first[RESPONSES]):
         if isinstance(record[asked[0]], (list, tuple)):
             turns = [*record[asked[0]], *_answer(record[key])]
             return _chat(turns, f"{where}: {asked[0]} and {key}", system)
         prompt = "\n\n".join(filter(None, (checked(record[part], f"{where}: {part}") for part in asked)))
         return _pair(system, prompt, checked(record[key], f"{where}: {key}"))
+    if key := first[TEXT]:
+        return checked(record[key], f"{where}: {key}")
     raise TextError(
         f"{where}: no text in the keys {shown(sorted(map(str, record)))}; known are "
         f"{', '.join(TEXT + CHATS)}, or one of {', '.join(PROMPTS)} with one of {', '.join(RESPONSES)}"

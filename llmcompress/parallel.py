@@ -34,8 +34,8 @@ def in_parallel(
                 results.put((work(task), None))
         except BaseException as error:  # handed to the main thread, which raises it
             stop.set()
+            results.put((None, error))  # before those it wakes put theirs
             stopping()
-            results.put((None, error))
         finally:
             results.put(None)
 

@@ -76,7 +76,7 @@ def trainer_of(
     measured = bool(data.validation)
     arguments = _arguments(options, figures, folder, bf16, measured, resumes, model.device.type)
     callbacks: list[transformers.TrainerCallback] = [Told(progress)]
-    if measured and options.patience:
+    if measured and options.patience and keeps_best(options):
         callbacks.append(transformers.EarlyStoppingCallback(options.patience))
     if options.method == "adalora":
         callbacks.append(Budget())
@@ -89,6 +89,12 @@ def trainer_of(
     return trainer
 
 
+def keeps_best(options: TuningOptions) -> bool:
+    """Whether the best step's adapter can be taken up again: AdaLoRA's checkpoints have the ranks of their own step, which
+    peft does not load into those of another."""
+    return options.method != "adalora"
+
+
 def _arguments(
     options: TuningOptions, figures: Chosen, folder: Path, bf16: bool, measured: bool, resumes: bool, device: str
 ) -> transformers.TrainingArguments:  # fmt: skip
@@ -98,7 +104,7 @@ def _arguments(
         lr_scheduler_type=options.schedule, warmup_steps=figures.warmup, optim=figures.optimizer, bf16=bf16,
         per_device_eval_batch_size=1, eval_strategy="steps" if measured else "no", eval_steps=figures.every,
         eval_on_start=measured and not resumes, save_steps=figures.every, save_total_limit=1,
-        load_best_model_at_end=measured,
+        load_best_model_at_end=measured and keeps_best(options),
         metric_for_best_model=HELD_OUT if measured else None, greater_is_better=False if measured else None,
         logging_steps=max(1, figures.every // 5), label_names=["labels"], remove_unused_columns=False,
         report_to="none", disable_tqdm=True, seed=options.seed, use_cpu=device == "cpu",

@@ -466,7 +466,7 @@ main()
     assert done.returncode == 2
     assert (
         done.stderr
-        == f"error: {module} is not installed; running a model needs pip install 'llmcompress[calibrate]'\n"
+        == f"error: {module} is not installed; running a model needs pip install 'llmcompress[calibrate]', fine-tuning one 'llmcompress[finetune]'\n"
     )
 
 

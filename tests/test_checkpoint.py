@@ -244,7 +244,7 @@ def test_quantized_weights_are_listed_but_not_plain(tmp_path, config, method):
 
 
 OTHERS = {
-    "adapter_model.safetensors adapter_config.json": "a LoRA adapter, not a model; merge it",
+    "adapter_model.safetensors adapter_config.json": "a LoRA adapter, not a model; give its base model",
     "model-Q4_K_M.gguf config.json": "holds GGUF \\(model-Q4_K_M.gguf\\)",
     "consolidated.safetensors params.json": "holds consolidated.safetensors, but none of",
     "consolidated.00.pth params.json": "holds consolidated.00.pth, but none of",

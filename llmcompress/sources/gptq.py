@@ -66,7 +66,9 @@ def _weight(
     inputs = words * 32 // bits
     stored.need(scales.name, FLOATS, (groups, outputs))
     qzeros = stored.need(f"{module}.qzeros", "I32", (groups, -(-outputs * bits // 32)))
-    group = -(-inputs // groups) if groups else 0
+    group = stored.settings.get("group_size")  # the last group may be short
+    if not isinstance(group, int) or group < 1 or -(-inputs // group) != groups:
+        group = -(-inputs // groups) if groups else 0
     if not group or -(-inputs // group) != groups:
         raise wrong(scales, f"has {groups} groups for {inputs} inputs")
     form = f"GPTQ {bits}-bit, group {group}" + (", act-order" if stored.settings.get("desc_act") else "")

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from llmcompress.errors import CheckpointError
 from llmcompress.sources import fp8
 from llmcompress.sources.blocked import Blocked, Rows, len_of, matrix, scale_rows
 from llmcompress.sources.codes import E2M1
@@ -26,6 +27,10 @@ GROUP = 16
 
 def weights(stored: Stored) -> Iterator[DecodedTensor]:
     """Every weight with a scale of scales, and every FP8 one. Raises CheckpointError."""
+    for name, _ in stored.ending(".pre_quant_scale"):
+        raise CheckpointError(
+            f"{name}.pre_quant_scale: inputs that are scaled first cannot be decoded; give the unquantized model"
+        )
     for name, outer in stored.ending("_scale_2"):
         codes = stored.need(name, "U8")
         scales = stored.need(f"{name}_scale", "F8_E4M3", (*codes.shape[:-1], codes.columns * 2 // GROUP))
