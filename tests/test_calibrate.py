@@ -464,9 +464,10 @@ main()
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2
-    assert (
-        done.stderr
-        == f"error: {module} is not installed; running a model needs pip install 'llmcompress[calibrate]', fine-tuning one 'llmcompress[finetune]'\n"
+    last = done.stderr.splitlines()[-1]  # torchao, where transformers finds it, tells of CUDA libraries it cannot load
+    assert last == (
+        f"error: {module} is not installed; running a model needs pip install 'llmcompress[calibrate]', "
+        "fine-tuning one 'llmcompress[finetune]'"
     )
 
 
