@@ -464,7 +464,8 @@ main()
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2
-    last = done.stderr.splitlines()[-1]  # torchao, where transformers finds it, tells of CUDA libraries it cannot load
+    # torchao, where transformers finds it, tells first of CUDA libraries that it cannot load.
+    last = done.stderr.splitlines()[-1]
     assert last == (
         f"error: {module} is not installed; running a model needs pip install 'llmcompress[calibrate]', "
         "fine-tuning one 'llmcompress[finetune]'"
