@@ -43,6 +43,11 @@ UNADAPTED = {
     "gemma3n": r"altup_(proj|unembd_proj)|per_layer_(model_proj|token_embd)|blk\.\d+\.altup_router",
     "gemma4": r"per_layer_(model_proj|token_embd)",
 }
+# Architectures on which it was not tried out which tensors those are.
+UNTRIED = {
+    "ernie4_5-moe", "glm4moe", "granitehybrid", "granitemoe", "hunyuan-moe", "jamba", "lfm2", "lfm2moe", "llama4", "mamba", "mamba2",
+    "minimax-m2", "phimoe", "qwen2moe", "qwen35moe", "qwen3next",
+}  # fmt: skip
 MERGE = "merge it instead: llmcompress merge MODEL ADAPTER"
 
 
@@ -100,6 +105,10 @@ def plan_lora(adapter: str | Path, base: str | Path, out: str | Path, type: str 
         _check_kind(opened)
         architecture = find_architecture(Config(checkpoint.config))
         architecture.check_config(architecture.config(checkpoint.config))
+        if architecture.name in UNTRIED:
+            raise PlanError(
+                f"{base}: whether llama.cpp's {architecture.name} uses every tensor of an adapter is not known; {MERGE}"
+            )
         steps = weight_steps(checkpoint)
         patches = Places(opened, checkpoint).patches()
     used = {piece.tensor.name for step in steps for piece in step.pieces}
@@ -215,7 +224,9 @@ def _by_matrix(step: Step, patches: Mapping[str, Sequence[Patch]]) -> Iterator[l
                 left, right = 0, width
                 first, end = _overlap(patch, piece.first, piece.rows, piece.stride)
             if first < end and left < right:
-                parts.append(_Part(patch, piece, start % height + first, first, end - first, left, right - left))
+                parts.append(
+                    _Part(patch, piece, start % height + first, first, end - first, left, right - left)
+                )
         start += piece.rows
         if start % height == 0:
             yield parts
