@@ -13,6 +13,7 @@ from llmcompress.converters.architecture import Architecture
 from llmcompress.errors import PlanError
 from llmcompress.mix import NEVER_QUANTIZED
 from llmcompress.step import Operation, Piece, Step
+from llmcompress.tensor_info import TensorInfo
 
 AS_IT_IS, TRANSPOSED = Operation("copy"), Operation("transpose", transposed=True)
 
@@ -45,16 +46,20 @@ def is_linear(step: Step) -> bool:
     return block_matrix and not any(part in step.name for part in NEVER_QUANTIZED)
 
 
+def has_inputs_first(step: Step, tensor: TensorInfo) -> bool:
+    """Whether the checkpoint has the weight of a linear, `tensor`, as (inputs, outputs). Where a step's columns are
+    others, it is a cut of heads for llama.cpp, and the linear is the whole."""
+    return step.operation.transposed and (len(tensor.shape) == 3 or step.columns == tensor.rows)
+
+
 def _of_step(architecture: Architecture, step: Step) -> Iterator[Linear]:
-    operation = TRANSPOSED if step.operation.transposed else AS_IT_IS
     for matrix, piece in enumerate(step.pieces):
         tensor = piece.tensor
+        operation = TRANSPOSED if has_inputs_first(step, tensor) else AS_IT_IS
         if len(tensor.shape) == 3:
             name, rows = _expert_name(architecture, step, matrix), piece
         else:
             name = tensor.name.removesuffix(".weight")
-            if step.columns != (tensor.rows if step.operation.transposed else tensor.columns):
-                operation = AS_IT_IS  # a cut of heads for llama.cpp: the linear is the whole
             rows = Piece(tensor, 0, tensor.columns if operation.transposed else tensor.rows)
             if name == tensor.name:
                 raise PlanError(

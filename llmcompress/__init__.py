@@ -9,11 +9,12 @@ if TYPE_CHECKING:
 
     from llmcompress.arrays import dequantize_array, quantize_array
     from llmcompress.converters.finetuning import TuningReport
+    from llmcompress.converters.pruning import PruningReport
     from llmcompress.progress import Progress
     from llmcompress.report import Result
 
 __version__ = "0.1.0"
-__all__ = ["dequantize_array", "finetune", "quantize", "quantize_array"]
+__all__ = ["dequantize_array", "finetune", "prune", "quantize", "quantize_array"]
 
 
 def quantize(
@@ -70,6 +71,21 @@ def finetune(
     sources = [data] if isinstance(data, str) else data
     given = parse_options(options | ({"load": "4bit"} if qlora else {}))
     return finetune_model(model, out, sources, given, progress or Progress())
+
+
+def prune(
+    model: str | Path, out: str | Path, *, progress: Progress | None = None, **options
+) -> PruningReport:
+    """Write the checkpoint `model` to the folder `out` with weights of its decoder blocks' linears set to zero.
+
+    `options` are the fields of `llmcompress.pruning_options.PruningOptions`: method, sparsity, pattern, data, tokens ...
+    Raises `llmcompress.errors.LlmcompressError`.
+    """
+    from llmcompress.converters.pruning import prune_model
+    from llmcompress.progress import Progress
+    from llmcompress.pruning_options import parse_options
+
+    return prune_model(model, out, parse_options(options), progress or Progress())
 
 
 def __getattr__(name: str):

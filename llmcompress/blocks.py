@@ -141,6 +141,17 @@ class Lockstep:
                 self._hidden.keep(batch, _hidden_of(output))
                 self._waiting[batch] = output
 
+    def visit(
+        self,
+        block: int,
+        seen: Callable[[int, torch.Tensor], None] | None = None,
+        watch: Callable[[int], contextlib.AbstractContextManager] | None = None,
+    ) -> None:
+        """As `through`, but every batch comes back to where it was, for the block to be run again with other weights."""
+        for batch, output in self._outputs(block, watch or (lambda batch: contextlib.nullcontext())):
+            if seen:
+                seen(batch, _hidden_of(output))
+
     def _outputs(
         self, block: int, watch: Callable[[int], contextlib.AbstractContextManager]
     ) -> Iterator[tuple[int, Any]]:

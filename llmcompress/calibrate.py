@@ -10,6 +10,7 @@ import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
@@ -123,7 +124,8 @@ class _Pass:
         self.lockstep.start(self.group)
         for block in range(len(self.lockstep.blocks)):
             with self.lockstep.loaded(block) as parameters:
-                self._take(self._through(block, _matrices(parameters)))
+                run = partial(self.lockstep.through, block)
+                self._take(inputs_of(run, parameters, self._products, self._advance))
                 if after_block:
                     after_block(block, self.found)
         self._head()
@@ -133,21 +135,8 @@ class _Pass:
     def _products(self) -> bool:
         return self.state is not None and self.state.products is not None
 
-    def _through(self, block: int, matrices: Mapping[str, torch.Tensor]) -> LinearInputs:
-        """The inputs of a block's matrices: each batch's own, which may run side by side, added up in order."""
-        total = LinearInputs({}, self._products)
-        watches = {}
-
-        def watch(batch: int) -> LinearInputs:
-            watches[batch] = LinearInputs(matrices, self._products, batch)
-            return watches[batch]
-
-        def seen(batch: int, output: torch.Tensor) -> None:
-            total.merge(watches.pop(batch))
-            self.progress.advance(self.group[batch].numel())
-
-        self.lockstep.through(block, seen, watch)
-        return total
+    def _advance(self, batch: int) -> None:
+        self.progress.advance(self.group[batch].numel())
 
     def _head(self) -> None:
         total = LinearInputs({}, self._products)
@@ -178,6 +167,29 @@ class _Pass:
                 f"{first}: inputs of {tokens} tokens of batch {batch + 1} of group {self.number + 1} held a NaN or "
                 f"infinity and were left out{more}"
             )
+
+
+def inputs_of(
+    run: Callable[[Callable, Callable], None],
+    parameters: Mapping[str, torch.Tensor],
+    products: bool,
+    advance: Callable[[int], None] = lambda batch: None,
+) -> LinearInputs:
+    """What goes into a block's matrices: each batch's own, which may run side by side, added up in order.
+
+    run: `through` or `visit` of a Lockstep's block. advance: called with each batch that is through."""
+    matrices, total, watches = _matrices(parameters), LinearInputs({}, products), {}
+
+    def watch(batch: int) -> LinearInputs:
+        watches[batch] = LinearInputs(matrices, products, batch)
+        return watches[batch]
+
+    def seen(batch: int, output: torch.Tensor) -> None:
+        total.merge(watches.pop(batch))
+        advance(batch)
+
+    run(seen, watch)
+    return total
 
 
 def _matrices(parameters: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

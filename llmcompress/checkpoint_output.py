@@ -10,6 +10,7 @@ Memory is that of the pieces under way: `plan.fit_memory` says how many, and of 
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import time
@@ -40,7 +41,13 @@ SCRATCH = "scratch"  # a file of the folder while it is being made
 
 # What lies beside the weights and is copied: tokenizer, generation config, chat template and the model's own code.
 COMPANIONS = {".json", ".model", ".txt", ".jinja", ".tiktoken", ".py"}
-NOT_COPIED = {"config.json", "quantize_config.json", "quant_config.json", "hf_quant_config.json", "adapter_config.json"}
+NOT_COPIED = {
+    "config.json",
+    "quantize_config.json",
+    "quant_config.json",
+    "hf_quant_config.json",
+    "adapter_config.json",
+}
 
 Data = np.ndarray | bytes
 
@@ -106,6 +113,7 @@ class Written:
 
 
 Finish = Callable[["Files"], Iterable[tuple[str, Data]]]
+Stages = Callable[["Files"], Iterable[Sequence[Work]]]
 
 
 def write_checkpoint(
@@ -115,19 +123,23 @@ def write_checkpoint(
     progress: Progress,
     finish: Finish = lambda files: (),
     stopping: Callable[[], None] = lambda: None,
+    then: Stages = lambda files: (),
 ) -> Written:
-    """Do all `works`, then write what `finish` yields, and give the folder its name.
+    """Do all `works`, then those of `then`, then write what `finish` yields, and give the folder its name.
 
-    `source_bytes`: of all works. `finish` runs when all works are done, and again in a run that goes on: it yields
-    whole tensors, of which those that depend on others are made. `stopping` is called when workers are to end, and
-    wakes those that wait.
+    `source_bytes`: of all works. `then` yields stages of works, each drawn, in this thread, when all before it are
+    written, so that it may read them. `finish` runs when all works are done, and again in a run that goes on: it
+    yields whole tensors, of which those that depend on others are made, and files of other names. `stopping` is called
+    when workers are to end, and wakes those that wait.
     Raises RunError for data that cannot be written faithfully (nothing is left of the folder), InterruptedRun for a
     disk that cannot be written to, and lets KeyboardInterrupt through; after both, the same command goes on.
     """
     with Journal(_beside(output.folder, ".journal"), output.fingerprint) as journal:
         try:
-            with Files(output, fresh=not journal.done) as files:
-                written = _write_works(files, journal, works, source_bytes, progress, stopping)
+            with Files(output, journal) as files:
+                progress.start("writing", source_bytes)
+                for stage in itertools.chain((works,), then(files)):
+                    _write_works(files, stage, progress, stopping)
                 _finish(files, finish)
             _check(output)
         except RunError:
@@ -139,7 +151,7 @@ def write_checkpoint(
         except OSError as error:
             raise cannot_be_written(output.folder, error) from error
         journal.remove()
-    return written
+    return files.written
 
 
 def copies(
@@ -172,13 +184,14 @@ def check_room(output: CheckpointOutput) -> None:
 
 
 class Files:
-    """The files of a folder that is being made, each of its final size. `fresh` throws away what is there.
+    """The files of a folder that is being made, each of its final size. Where the journal knows of none that is done,
+    what is there is thrown away.
 
     Writing and reading is safe from any number of threads.
     """
 
-    def __init__(self, output: CheckpointOutput, fresh: bool) -> None:
-        self.output, self.fresh = output, fresh
+    def __init__(self, output: CheckpointOutput, journal: Journal) -> None:
+        self.output, self.journal, self.written = output, journal, Written()
         self.folder = part_path(output.folder)
         self._open = ExitStack()
         self._places: dict[str, tuple[int, int]] = {}  # descriptor, and where the tensor begins
@@ -186,7 +199,7 @@ class Files:
 
     def __enter__(self) -> Files:
         try:
-            if self.fresh and self.folder.exists():
+            if not self.journal.done and self.folder.exists():
                 shutil.rmtree(self.folder)
             self.folder.mkdir(parents=True, exist_ok=True)
             for shard in self.output.shards:
@@ -222,6 +235,12 @@ class Files:
             raise cannot_be_written(self.folder, error) from error
         return zlib.crc32(view, sum_so_far)
 
+    def write_file(self, name: str, data: bytes) -> None:
+        try:
+            (self.folder / name).write_bytes(data)
+        except OSError as error:
+            raise cannot_be_written(self.folder, error) from error
+
     def read(self, place: Place) -> bytes:
         """What stands at a place; shorter where the file was cut."""
         descriptor, begin = self._places[place.tensor]
@@ -234,6 +253,11 @@ class Files:
         for place in places:
             found = zlib.crc32(self.read(place), found)
         return found
+
+    def kept(self, work: Work) -> tuple[float, ...] | None:
+        """The CRC-32 and the numbers of a work that an earlier run did and whose bytes are still there."""
+        known = self.journal.done.get(work.number)
+        return known if known and known[0] == self.crc(work.places) else None
 
     def seal(self, ends: Mapping[str, bytes]) -> None:
         """Write the tensors whose sizes were not known, the headers that tell them, and the index."""
@@ -282,27 +306,20 @@ class Files:
 
 
 def _write_works(
-    files: Files,
-    journal: Journal,
-    works: Iterable[Work],
-    source_bytes: int,
-    progress: Progress,
-    stopping: Callable[[], None],
-) -> Written:
+    files: Files, works: Iterable[Work], progress: Progress, stopping: Callable[[], None]
+) -> None:
     """Do every work the journal does not vouch for, noting what is done every COMMIT_SECONDS."""
-    written, finished = Written(), {}
-    progress.start("writing", source_bytes)
+    written, finished = files.written, {}
     last = time.monotonic()
 
     def commit() -> None:
         files.sync()
         if finished:
-            journal.add(finished)
+            files.journal.add(finished)
             finished.clear()
 
     def do(work: Work) -> tuple[Work, tuple[float, ...], bool]:
-        known = journal.done.get(work.number)
-        if known and known[0] == files.crc(work.places):
+        if known := files.kept(work):
             return work, known, True
         made, noted = work.make()
         found = 0
@@ -323,14 +340,15 @@ def _write_works(
                     last = time.monotonic()
     finally:
         commit()
-    return written
 
 
 def _finish(files: Files, finish: Finish) -> None:
     entries = {entry.name: entry for shard in files.output.shards for entry in shard.entries}
     ends: dict[str, bytes] = {}
     for name, data in finish(files):
-        if entries[name].at_most:
+        if name not in entries:
+            files.write_file(name, data)
+        elif entries[name].at_most:
             ends[name] = bytes(data)
         else:
             files.write(Place(name, 0, entries[name].nbytes), data)
@@ -352,9 +370,8 @@ def _check(output: CheckpointOutput) -> None:
 
 
 def _is(tensor: TensorInfo, entry: Entry) -> bool:
-    if entry.at_most:
-        return tensor.dtype == entry.dtype and len(tensor.shape) == 1 and tensor.shape <= entry.shape
-    return (tensor.dtype, tensor.shape) == (entry.dtype, entry.shape)
+    shorter = entry.at_most and len(tensor.shape) == 1 and tensor.shape <= entry.shape
+    return tensor.dtype == entry.dtype and (shorter or tensor.shape == entry.shape)
 
 
 def _read_finite(checkpoint: Checkpoint, tensor: TensorInfo, position: int, size: int) -> bytes:

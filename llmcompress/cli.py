@@ -13,6 +13,7 @@ from llmcompress import (
     adapter_commands,
     finetune_command,
     model_commands,
+    prune_command,
     sensitivity_command,
     stats_commands,
 )
@@ -338,6 +339,7 @@ job(
 app.command("calibrate")(model_commands.calibrate)
 app.command("evaluate")(model_commands.evaluate)
 app.command("finetune")(finetune_command.finetune)
+app.command("prune")(prune_command.prune)
 app.command("merge")(adapter_commands.merge)
 app.command("convert-lora")(adapter_commands.convert_lora)
 app.command("sensitivity")(sensitivity_command.sensitivity)

@@ -12,8 +12,9 @@ if TYPE_CHECKING:
     from llmcompress.converters.calibration import CalibrationReport
     from llmcompress.converters.evaluation import EvaluationReport
     from llmcompress.converters.finetuning import TuningReport
+    from llmcompress.converters.pruning import PruningReport
 
-__all__ = ["live_progress", "show_calibration", "show_evaluation", "show_tuning"]
+__all__ = ["live_progress", "show_calibration", "show_evaluation", "show_pruning", "show_tuning"]
 
 # Figures in the order they are shown: key, label, and the factor and unit they are shown in.
 FIGURES = (
@@ -41,6 +42,18 @@ def show_calibration(report: CalibrationReport) -> None:
     print_out(
         f"{report.path}: {len(report.statistics.entries)} weights, {report.tokens} tokens{resumed}, in {report.dtype}"
     )
+    for note in report.notes:
+        print_out(f"note: {note}")
+
+
+def show_pruning(report: PruningReport) -> None:
+    """Where the checkpoint is, how sparse it became, and what stayed as it was."""
+    print_out(
+        f"{report.path}: {report.options.method}, {report.sparsity:.2%} of {len(report.tensors)} matrices are zeros, "
+        f"{report.sparsity_of_model:.2%} of the model"
+    )
+    print_out(f"left as they are: {', '.join(report.left) or 'none'}")
+    print_out("a checkpoint of the same size and speed: no runtime that reads it skips zeros")
     for note in report.notes:
         print_out(f"note: {note}")
 

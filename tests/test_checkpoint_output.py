@@ -19,6 +19,7 @@ import llmcompress
 from llmcompress import checkpoint_output
 from llmcompress.checkpoint_output import CheckpointOutput, Files, Place, Work, check_room
 from llmcompress.errors import InterruptedRun, PlanError, RunError
+from llmcompress.journal import Journal
 from llmcompress.progress import Progress
 from llmcompress.safetensors_files import Entry, lay_out
 
@@ -123,7 +124,7 @@ def test_the_rest_of_a_killed_run_gives_the_same_bytes(killed: Path, undisturbed
 
 @pytest.mark.parametrize("tensor", ["a", "b", "sums"])
 def test_a_damaged_piece_is_made_again(tensor: str, killed: Path, undisturbed: dict[str, bytes]) -> None:
-    with Files(output(killed / "out"), fresh=False) as files:
+    with Journal(killed / "out.journal", "a job") as journal, Files(output(killed / "out"), journal) as files:
         files.write(Place(tensor, 0, 1), b"\xa5")
     made: list[int] = []
     write(killed / "out", made=made)

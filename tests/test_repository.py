@@ -42,6 +42,7 @@ LAYERS = [
     {"calibrate", "evaluate"},
     {"mix", "filetypes", "inspect"},
     {"methods"},
+    {"pruning_options"},
     {"recipe", "step", "arrays", "adapter"},
     {"merged"},
     {"hessians"},
@@ -54,7 +55,7 @@ LAYERS = [
     {"converters"},
     {"display", "stats_display"},
     {"model_display"},
-    {"stats_commands", "model_commands", "sensitivity_command", "adapter_commands", "finetune_command"},
+    {"stats_commands", "model_commands", "sensitivity_command", "adapter_commands", "finetune_command", "prune_command"},
     {"cli", "__main__"},
 ]
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}

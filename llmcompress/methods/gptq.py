@@ -201,7 +201,7 @@ def _feed_errors(weights: np.ndarray, grid: Grid, solver: Solver, effort: str) -
                 data, errors, least = tried, made, cost
             else:
                 data[better], errors[better], least[better] = tried[better], made[better], cost[better]
-        left[:, block.stop :] -= _product(errors, solver.factor[block, block.stop :])
+        left[:, block.stop :] -= product(errors, solver.factor[block, block.stop :])
         encoded.append(data)
     return np.concatenate(encoded, axis=1)
 
@@ -219,7 +219,7 @@ def _feed_errors_on(
         codes[:, block], errors = _round_block(
             left[:, block], scale[:, block], offset[:, block], grid, ordered.factor[block, block]
         )
-        left[:, block.stop :] -= _product(errors, ordered.factor[block, block.stop :])
+        left[:, block.stop :] -= product(errors, ordered.factor[block, block.stop :])
     if act_order:
         codes[:, order] = codes.copy()
     return put_codes(grid, data, codes)
@@ -248,7 +248,7 @@ def _settle(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Codes and scales of each block moved to where the row's error is least, given the rest; and e H eᵀ of every row."""
     data, errors = data.copy(), weights - grid.dequantize(data)
-    pull = _product(errors, solver.damped)
+    pull = product(errors, solver.damped)
     width = WIDTH if WIDTH % grid.block == 0 else grid.block
     for _ in range(passes):
         still = True
@@ -260,7 +260,7 @@ def _settle(
             change = errors[:, block] - moved
             rows = np.flatnonzero(change.any(1))
             if len(rows):
-                pull[rows] += _product(-change[rows], solver.damped[block])
+                pull[rows] += product(-change[rows], solver.damped[block])
                 data[:, held], errors[:, block], still = settled, moved, False
         if still:
             break
@@ -315,10 +315,10 @@ def _refit(grid: Grid, data: np.ndarray, pull: np.ndarray, hessian: np.ndarray) 
 
 def _errors(errors: np.ndarray, solver: Solver) -> np.ndarray:
     """e H eᵀ of every row of errors."""
-    return (_product(errors, solver.hessian) * errors).sum(1)
+    return (product(errors, solver.hessian) * errors).sum(1)
 
 
-def _product(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+def product(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """a b, so that a row of it does not depend on how many there are: matrices of few rows, for which BLAS has loops of
     their own, get rows of zeros."""
     rows = len(a)

@@ -1,0 +1,127 @@
+"""`llmcompress prune`: a checkpoint with weights taken away."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Callable
+from typing import Annotated, Any, Optional
+
+import typer
+
+from llmcompress.errors import RecipeError, nearest
+from llmcompress.model_commands import AsJson, Chunk, Data, Device, HiddenRam, patient_threads
+from llmcompress.reported import reported
+from llmcompress.sizes import parse_count, parse_size
+
+# The options that only some methods know. A new method brings its name in JOBS, and what it alone understands here.
+ZEROS = ("magnitude", "wanda", "sparsegpt")
+BY_INPUTS = ("wanda", "sparsegpt")
+KNOWN_TO: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("sparsity", "pattern", "shares", "keep"), ZEROS),
+    **dict.fromkeys(("data", "tokens", "chunk", "seed", "dtype", "device", "hidden_ram", "batch_tokens", "allocate"), BY_INPUTS),
+    "whole_model": ("magnitude",),
+}  # fmt: skip
+
+
+@reported
+def prune(
+    model: Annotated[str, typer.Argument(help="A model directory, or a hub id.")],
+    out: Annotated[str, typer.Option("-o", "--output", metavar="DIR", help="The folder to make.")] = "{name}-pruned",
+    method: Annotated[
+        str, typer.Option("--method", metavar="METHOD", help="Which weights become zeros: magnitude, wanda, sparsegpt.")
+    ] = "wanda",
+    sparsity: Annotated[
+        Optional[float], typer.Option("--sparsity", metavar="SHARE", help="Of a matrix's weights.  [default: 0.5, or the pattern's]")
+    ] = None,
+    pattern: Annotated[
+        Optional[str],
+        typer.Option("--pattern", metavar="N:M", help="Of every M weights in a row N stay, such as 2:4. No runtime here runs it faster: vLLM and llm-compressor have dropped 2:4."),
+    ] = None,
+    whole_model: Annotated[bool, typer.Option("--global", help="Compare magnitudes across the whole model.")] = False,
+    shares: Annotated[
+        Optional[str], typer.Option("--shares", metavar="FILE", help="JSON or TOML of sparsities by pattern of a tensor's name; the first match wins.")
+    ] = None,
+    keep: Annotated[
+        Optional[list[str]], typer.Option("--keep", metavar="PATTERN", help="Tensors to leave as they are; repeat it.")
+    ] = None,
+    allocate: Annotated[
+        str, typer.Option("--allocate", metavar="HOW", help="uniform, or owl: less where a layer has many outliers.")
+    ] = "uniform",
+    data: Data = None,
+    tokens: Annotated[str, typer.Option("--tokens", metavar="N", help="Tokens to calibrate on.")] = "256k",
+    chunk: Chunk = 512,
+    seed: Annotated[int, typer.Option("--seed", help="Decides which documents are taken, and their order.")] = 0,
+    dtype: Annotated[
+        str, typer.Option("--dtype", metavar="TYPE", help="f32, bf16, mixed, or auto, to run the model in.")
+    ] = "auto",
+    device: Device = "auto",
+    hidden_ram: HiddenRam = "1GiB",
+    batch_tokens: Annotated[
+        Optional[int], typer.Option("--batch-tokens", metavar="N", min=1, help="Tokens run at once.  [default: by the model's width]")
+    ] = None,
+    split_max_size: Annotated[
+        Optional[str], typer.Option("--split-max-size", metavar="SIZE", help="Of a file.  [default: 5GB]")
+    ] = None,
+    max_ram: Annotated[
+        Optional[str], typer.Option("--max-ram", metavar="SIZE", help="Memory above the interpreter and its libraries, one block's weights with it.")
+    ] = None,
+    threads: Annotated[Optional[int], typer.Option("--threads", metavar="N", help="Workers.")] = None,
+    as_json: AsJson = False,
+) -> None:  # fmt: skip
+    """Take weights away: an ordinary checkpoint with zeros, and prune.json, which says where."""
+    given = dict(locals())
+    _refuse_strangers(method, given)
+    patient_threads()
+    JOBS[method](given)
+
+
+def _refuse_strangers(method: str, given: dict[str, Any]) -> None:
+    """Raise RecipeError for a method that is none, and for an option that means nothing to it."""
+    if method not in JOBS:
+        raise RecipeError(f"--method {method}: is none of {', '.join(JOBS)}{nearest(method, JOBS)}")
+    for name, parameter in inspect.signature(prune).parameters.items():
+        known = KNOWN_TO.get(name, (method,))
+        if method not in known and given[name] != parameter.default:
+            flag = "--global" if name == "whole_model" else f"--{name.replace('_', '-')}"
+            raise RecipeError(f"{flag}: means nothing to --method {method}; it is for {', '.join(known)}")
+
+
+def _zeros(given: dict[str, Any]) -> None:
+    """Weights become zeros: magnitude, wanda, sparsegpt."""
+    from llmcompress import model_display
+    from llmcompress.converters.pruning import prune_model
+    from llmcompress.pruning_options import PruningOptions, read_shares
+
+    sizes = {name: given[name] and parse_size(given[name], f"--{name.replace('_', '-')}") for name in SIZES}
+    same = (
+        "method",
+        "sparsity",
+        "pattern",
+        "whole_model",
+        "allocate",
+        "chunk",
+        "seed",
+        "dtype",
+        "batch_tokens",
+        "device",
+        "threads",
+    )
+    options = PruningOptions(
+        **{name: given[name] for name in same}, **sizes, tokens=parse_count(given["tokens"], "--tokens"),
+        shares=read_shares(given["shares"]) if given["shares"] else (), keep=tuple(given["keep"] or ()),
+        data=tuple(given["data"] or ("default",)),
+    )  # fmt: skip
+    progress = model_display.live_progress()
+    try:
+        report = prune_model(given["model"], given["out"], options, progress)
+    finally:
+        progress.close()
+    if given["as_json"]:
+        typer.echo(json.dumps(report.as_dict(), indent=1))
+    else:
+        model_display.show_pruning(report)
+
+
+SIZES = ("hidden_ram", "split_max_size", "max_ram")
+JOBS: dict[str, Callable[[dict[str, Any]], None]] = dict.fromkeys(ZEROS, _zeros)
