@@ -47,7 +47,8 @@ def with_adapter(checkpoint: Checkpoint, adapter: str | Path, onto: str | None =
     opened = Adapter.open(adapter)
     base = _base(checkpoint, opened, onto)
     opened = without_copies(opened, base)
-    return MergedCheckpoint(base, opened, bind(opened, base.index, Places(opened, base).patches()))
+    changes = bind(opened, base.index, Places(opened, base).patches())
+    return MergedCheckpoint(base, opened, changes, unrounded=checkpoint)
 
 
 def _base(checkpoint: Checkpoint, adapter: Adapter, onto: str | None) -> Checkpoint:

@@ -1,4 +1,4 @@
-"""The job of `finetune`: a checkpoint and examples to an adapter, its loss curve and a report."""
+"""The job of `finetune` and `distill`: a checkpoint and examples to an adapter or a checkpoint, a loss curve and a report."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ import accelerate
 import torch
 import transformers
 from llmcompress.converters.model import read_tokenizer, require_fit
+from llmcompress.converters.teaching import load_teachers, open_teachers
+from llmcompress.converters.tuned_checkpoint import save_merged, save_whole, train_whole
 
 from llmcompress import __version__
 from llmcompress.adapter_method import unadapted, with_adapter
@@ -26,6 +28,7 @@ from llmcompress.checkpoint import Checkpoint
 from llmcompress.compute import compute_device, fast_bfloat16
 from llmcompress.errors import CheckpointError, LlmcompressError, RunError
 from llmcompress.frozen_model import load_frozen, stored_bits
+from llmcompress.held_zeros import HeldZeros, matrices
 from llmcompress.json_object import read_object
 from llmcompress.machine import cores
 from llmcompress.progress import Progress
@@ -97,7 +100,8 @@ def finetune_model(
     model: str | Path, out: str | Path, data: Sequence[str], options: TuningOptions, progress: Progress
 ) -> TuningReport:
     """Train an adapter for `model` on the sources `data` and write it to the folder `out`, in peft's own format, with
-    loss.png and finetune.json beside it.
+    loss.png and finetune.json beside it. Of a model that is trained whole, or whose zeros are held, `out` becomes an
+    ordinary checkpoint.
 
     Killed, the same call goes on from its last checkpoint. In processes of `accelerate launch` each does its share, and
     the first one writes. Raises LlmcompressError.
@@ -133,6 +137,7 @@ class _Run:
             read_object(where), str(where)
         )  # the file's own words, not what is decoded of it
         self.load = _load_of(options.load, self.stored)
+        self.whole = options.method == "full"
         self._require_source()
         self.device, self.state = _device(options.device)
         self.bf16 = options.dtype == "bf16" or (options.dtype == "auto" and fast_bfloat16(self.device.type))
@@ -146,16 +151,20 @@ class _Run:
             raise LlmcompressError(f"--max-length {self.length}: the model has {positions} positions")
         reader = ExampleReader(tokenizer, self.length, options.loss, options.plain)
         self.data = tuning_data(reader, sources, options.validation, options.seed)
+        self.teachers = open_teachers(options, tokenizer)
         self.notes = list(self.data.notes)
         if not self.data.validation:
-            self.notes.append("no examples are held out: the adapter is the last one, not the best")
+            self.notes.append("no examples are held out: the weights are the last ones, not the best")
 
     def train(self, out: Path) -> TuningReport:
         """Train to the end, or to where the held-out loss stops falling, from the last checkpoint there is."""
         began, options = time.monotonic(), self.options
         transformers.set_seed(options.seed)
         self.say("loading the model")
-        frozen = load_frozen(self.checkpoint.directory, self.load, self.device, self.dtype)
+        frozen = load_frozen(
+            self.checkpoint.directory, self.load, self.device, torch.float32 if self.whole else self.dtype,
+            options.attention > 0,
+        )  # fmt: skip
         require_fit(frozen, [example.ids for example in (*self.data.train, *self.data.validation)])
         longest = max(len(example.ids) for example in self.data.train)
         figures = chosen(
@@ -163,18 +172,22 @@ class _Run:
             self.state.num_processes, self.device.type == "cuda",
         )  # fmt: skip
         checkpoint = self._last_checkpoint(figures)
-        model = with_adapter(frozen, options, figures)
-        if stacked := unadapted(model):
+        teachers = load_teachers(self.teachers, frozen, options, self.device, self.dtype)
+        weights = self._zeros_of(frozen) if options.keep_zeros else {}
+        model = self._trained(frozen, figures)
+        zeros = HeldZeros(model, weights) if options.keep_zeros else None
+        if zeros:
+            share = zeros.zeros / zeros.weights
             self.notes.append(
-                f"{len(stacked)} stacked matrices (experts) stay as they are, such as {stacked[0]}"
+                f"zeros held: {zeros.zeros:,} of the {zeros.weights:,} weights of trained matrices, {share:.2%}"
             )
-        self._start(model)
-        pack = options.pack and packs_cleanly(model, self.data.train)
+        models = [model, *(teacher.model for teacher in teachers)]
+        pack = options.pack and all(packs_cleanly(each, self.data.train) for each in models)
         if options.pack and not pack:
             self.notes.append("this model does not keep packed examples apart: each has a row of its own")
         trainer = trainer_of(
             model, self.data, options, figures, self.part, self.length, pack, self.bf16, checkpoint is not None,
-            self.progress if self.state.is_main_process else Progress(),
+            self.progress if self.state.is_main_process else Progress(), zeros, teachers,
         )  # fmt: skip
         counts = self.data.counts()
         self.say(
@@ -193,21 +206,49 @@ class _Run:
         return self._report(out, trainer, figures, curve, pack, time.monotonic() - began)
 
     def deliver(self, report: TuningReport, out: Path) -> None:
-        """Put picture and report beside the adapter, and the whole under its name."""
-        adapter = self.part / "adapter"
-        draw(report.curve, adapter / "loss.png", f"{self.checkpoint.name}, {report.options.method}")
-        (adapter / "finetune.json").write_text(json.dumps(report.as_dict(), indent=1) + "\n")
+        """Put picture and report beside the weights, and the whole under its name."""
+        beside = {
+            "loss.png": lambda path: draw(report.curve, path, f"{self.checkpoint.name}, {report.options.method}"),
+            "finetune.json": lambda path: path.write_text(json.dumps(report.as_dict(), indent=1) + "\n"),
+        }  # fmt: skip
+        result = self.part / "result"
+        for name, write in beside.items():
+            write(result / name)
+        if self.options.keep_zeros and not self.whole:
+            merged = self.part / "merged"
+            shutil.rmtree(merged, ignore_errors=True)
+            save_merged(self.checkpoint, result, merged, self.progress)
+            for name, write in beside.items():
+                write(merged / name)
+            result = merged
         try:
-            os.replace(adapter, out)
+            os.replace(result, out)
         except OSError as error:
-            raise RunError(
-                f"{out}: cannot be written: {error.strerror}; the adapter is in {adapter}"
-            ) from None
+            raise RunError(f"{out}: cannot be written: {error.strerror}; the result is in {result}") from None
         shutil.rmtree(self.part, ignore_errors=True)
 
     def say(self, line: str) -> None:
         if self.state.is_main_process:
             self.progress.say(line)
+
+    def _trained(self, frozen: Any, figures: Chosen) -> Any:
+        """The model with what is trained of it: an adapter, or its own weights."""
+        if self.whole:
+            train_whole(frozen, self.options.targets)
+            return frozen
+        model = with_adapter(frozen, self.options, figures)
+        if stacked := unadapted(model):
+            self.notes.append(
+                f"{len(stacked)} stacked matrices (experts) stay as they are, such as {stacked[0]}"
+            )
+        self._start(model)
+        return model
+
+    def _zeros_of(self, frozen: Any) -> dict[str, torch.Tensor]:
+        """The matrices whose zeros are held: in fewer bits, more weights are zero than were."""
+        if self.load != "16bit":
+            frozen = load_frozen(self.checkpoint.directory, "16bit", torch.device("cpu"), torch.bfloat16)
+        return matrices(frozen)
 
     def _start(self, model: Any) -> None:
         """For PiSSA and LoftQ: the factors the adapter starts with, those of an earlier run where there was one."""
@@ -225,19 +266,27 @@ class _Run:
         install(model, init, load_factors(path), source)
 
     def _require_source(self) -> None:
-        """Raise LlmcompressError where the adapter's start needs weights that are not there."""
+        """Raise LlmcompressError where the training needs weights that are not there."""
         init = self.options.init
         if init == "loftq" and self.load != "4bit":
             raise LlmcompressError(
                 f"--init loftq: makes up for quantizing to 4 bits, the model is in {self.load}; add --qlora"
             )
+        if self.stored and (self.whole or self.options.keep_zeros):
+            what = "--method full" if self.whole else "--keep-zeros"
+            raise LlmcompressError(
+                f"{what}: needs the unquantized model; its weights are stored in {self.stored}"
+            )
         if init != "default" and (self.load == "8bit" or self.stored):
             raise LlmcompressError(f"--init {init}: needs the unquantized model, in 16 bits or with --qlora")
 
     def _save(self, model: Any) -> None:
-        """The adapter in peft's format, in its place in the run's folder."""
-        folder = self.part / "adapter"
+        """The adapter in peft's format, or the whole model, in its place in the run's folder."""
+        folder = self.part / "result"
         shutil.rmtree(folder, ignore_errors=True)
+        if self.whole:
+            save_whole(model, self.checkpoint, folder)
+            return
         config = model.peft_config["default"]
         config.base_model_name_or_path = self.checkpoint.repository or str(self.checkpoint.directory)
         config.revision = self.checkpoint.revision
@@ -260,7 +309,7 @@ class _Run:
         """
         job = {
             "model": self.checkpoint.fingerprint(), "data": self.data.sha256, "options": asdict(self.options),
-            "figures": figures.as_dict(),
+            "figures": figures.as_dict(), "teachers": [opened.fingerprint() for opened, _ in self.teachers],
         }  # fmt: skip
         job = json.loads(json.dumps(job))
         record = self.part / "job.json"

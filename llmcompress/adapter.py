@@ -131,10 +131,23 @@ class Adapter:
     @property
     def trained_in_nf4(self) -> bool:
         """Whether `llmcompress finetune` trained it, as it is, on weights that it had rounded to NF4."""
+        return self._training.get("load") == "4bit" and self._options.get("init") == "default"
+
+    @property
+    def keeps_zeros(self) -> bool:
+        """Whether `llmcompress finetune` trained it with the model's zeros held: merged, they are zeros."""
+        return self._options.get("keep_zeros") is True
+
+    @property
+    def _training(self) -> dict[str, Any]:
+        """What `llmcompress finetune` says of it."""
         file = self.directory / "finetune.json"
-        report = read_object(file) if file.is_file() else {}
-        options = report.get("options")
-        return report.get("load") == "4bit" and isinstance(options, dict) and options.get("init") == "default"
+        return read_object(file) if file.is_file() else {}
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        options = self._training.get("options")
+        return options if isinstance(options, dict) else {}
 
     @property
     def kind(self) -> str:

@@ -207,7 +207,7 @@ class Files:
                 _write(descriptor, memoryview(shard.header), 0)
                 self._places |= {name: (descriptor, at) for name, at in shard.offsets.items()}
             self._open_scratch()
-            _copy_companions(self.output.companions, self.folder)
+            copy_companions(self.output.companions, self.folder)
             for name, text in self.output.texts.items():
                 (self.folder / name).write_text(text, encoding="utf-8")
         except OSError as error:
@@ -388,7 +388,8 @@ def _read_finite(checkpoint: Checkpoint, tensor: TensorInfo, position: int, size
     return data
 
 
-def _copy_companions(source: Path, folder: Path) -> None:
+def copy_companions(source: Path, folder: Path) -> None:
+    """Copy what lies beside the weights: tokenizer, chat template, licence and the like."""
     for file in sorted(source.iterdir()):
         wanted = file.suffix in COMPANIONS or file.name.upper().startswith("LICENSE")
         listed = file.name.endswith(".index.json") or file.name in NOT_COPIED

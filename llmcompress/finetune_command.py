@@ -1,15 +1,20 @@
-"""`llmcompress finetune`: train an adapter for a model on examples."""
+"""`llmcompress finetune` and `distill`: train a model, or an adapter for it, on examples."""
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
-from typing import Annotated, Optional
+from collections.abc import Callable
+from typing import Annotated, Any, Optional
 
 import typer
 
 from llmcompress.model_commands import AsJson, Device, patient_threads
 from llmcompress.reported import reported
+
+OUT = "{name}-adapter"
+Out = Annotated[str, typer.Option("-o", "--output", metavar="DIR", help="The folder to make.")]
 
 
 @reported
@@ -19,12 +24,12 @@ def finetune(
         list[str],
         typer.Option("--data", metavar="FILE", help="JSONL or Parquet of messages or of prompts and completions, a text, or a data set's name; repeat it, FILE=WEIGHT."),
     ],
-    out: Annotated[str, typer.Option("-o", "--output", metavar="DIR", help="The adapter's folder.")] = "{name}-adapter",
+    out: Out = OUT,
     qlora: Annotated[bool, typer.Option("--qlora", help="Hold the model in 4 bits (NF4): --load 4bit.")] = False,
     load: Annotated[
         Optional[str], typer.Option("--load", metavar="BITS", help="Hold the model in 4bit, 8bit or 16bit.  [default: as it is]"),
     ] = None,
-    method: Annotated[str, typer.Option("--method", metavar="METHOD", help="lora, rslora, dora or adalora.")] = "lora",
+    method: Annotated[str, typer.Option("--method", metavar="METHOD", help="lora, rslora, dora, adalora, or full: the model's own weights.")] = "lora",
     init: Annotated[str, typer.Option("--init", metavar="INIT", help="Where the adapter starts: default, pissa or loftq.")] = "default",
     rank: Annotated[int, typer.Option("--rank", metavar="N", help="Of the adapter's matrices.")] = 64,
     alpha: Annotated[
@@ -69,10 +74,25 @@ def finetune(
     patience: Annotated[int, typer.Option("--patience", metavar="N", help="Evaluations without progress before it stops; 0: never.")] = 3,
     seed: Annotated[int, typer.Option("--seed", help="Of the order, what is held out, and the adapter's start.")] = 0,
     dtype: Annotated[str, typer.Option("--dtype", metavar="TYPE", help="f32, bf16, or auto: bf16 where it is fast.")] = "auto",
+    keep_zeros: Annotated[
+        bool, typer.Option("--keep-zeros", help="Zeros of a pruned model stay zeros; the result is a checkpoint."),
+    ] = False,
+    teacher: Annotated[
+        Optional[list[str]],
+        typer.Option("--teacher", metavar="MODEL", help="Learn from this model's predictions; repeat it, MODEL=WEIGHT."),
+    ] = None,
+    soft: Annotated[float, typer.Option("--soft", metavar="X", help="Share of the teachers' probabilities in the loss.")] = 1.0,
+    temperature: Annotated[float, typer.Option("--temperature", metavar="X", help="That they are compared at.")] = 1.0,
+    hidden: Annotated[float, typer.Option("--hidden", metavar="X", help="Weight of the teachers' hidden states in the loss.")] = 0.0,
+    attention: Annotated[float, typer.Option("--attention", metavar="X", help="Weight of their attention maps.")] = 0.0,
+    layer_map: Annotated[
+        Optional[str],
+        typer.Option("--layer-map", metavar="S:T,...", help="Blocks of the student and theirs, from 0.  [default: evenly]"),
+    ] = None,
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:  # fmt: skip
-    """Train an adapter (LoRA, QLoRA ...) for a model; the defaults need no flag but --data."""
+    """Train an adapter (LoRA, QLoRA ...) for a model, or the model itself; the defaults need no flag but --data."""
     patient_threads()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it asks for kernels that it would download
     from transformers.utils.logging import disable_progress_bar
@@ -91,9 +111,12 @@ def finetune(
         max_length=max_length, validation=validation, epochs=epochs, steps=steps, batch=batch,
         micro_batch=micro_batch, learning_rate=lr, schedule=schedule, optimizer=optimizer,
         gradient_checkpointing=gradient_checkpointing, evaluations=evaluations, patience=patience, seed=seed,
-        device=device, dtype=dtype,
+        device=device, dtype=dtype, keep_zeros=keep_zeros, teachers=tuple(teacher or ()), soft=soft,
+        temperature=temperature, hidden=hidden, attention=attention, layer_map=layer_map,
     )  # fmt: skip
     disable_progress_bar()
+    if out == OUT and (keep_zeros or method == "full"):
+        out = "{name}-tuned"
     path = out.replace("{name}", Checkpoint.open(model).name)
     progress = model_display.live_progress()
     try:
@@ -104,3 +127,33 @@ def finetune(
         typer.echo(json.dumps(report.as_dict(), indent=1))
     else:
         model_display.show_tuning(report)
+
+
+def with_options_of(command: Callable, without: set[str]) -> Callable[[Callable], Callable]:
+    """Give a function that takes **options those of another command, for typer to see."""
+
+    def decorated(function: Callable) -> Callable:
+        own = inspect.signature(function, eval_str=True)
+        theirs = inspect.signature(command, eval_str=True).parameters
+        named = [each for each in own.parameters.values() if each.kind is not each.VAR_KEYWORD]
+        without_these = without | {each.name for each in named}
+        named += [each for name, each in theirs.items() if name not in without_these]
+        keyword = [each.replace(kind=each.KEYWORD_ONLY) for each in named]
+        function.__signature__ = own.replace(parameters=keyword)
+        return function
+
+    return decorated
+
+
+@reported
+@with_options_of(finetune, without={"model", "qlora", "load", "teacher"})
+def distill(
+    teacher: Annotated[list[str], typer.Argument(help="Models to learn from, directories or hub ids; MODEL=WEIGHT.")],
+    student: Annotated[str, typer.Option("--student", metavar="MODEL", help="The model that learns, of the same tokenizer.")],
+    method: Annotated[str, typer.Option("--method", metavar="METHOD", help="full: the student's own weights; or lora ...")] = "full",
+    out: Out = "{name}-distilled",
+    loss: Annotated[str, typer.Option("--loss", metavar="WHICH", help="Tokens to learn: answers, or all.")] = "all",
+    **options: Any,
+) -> None:  # fmt: skip
+    """Teach a model the predictions of another: of a larger one, or of the one that it was pruned from."""
+    inspect.unwrap(finetune)(student, teacher=teacher, method=method, out=out, loss=loss, **options)

@@ -1,4 +1,5 @@
-"""The model under an adapter: its own weights in 4, 8 or 16 bits, none of which training changes.
+"""The model under an adapter: its own weights in 4, 8 or 16 bits, none of which training changes. A model that is
+trained whole, and one that is learned from, are loaded the same way.
 
 Four bits are NF4 with double quantization (QLoRA, Dettmers et al. 2023), eight LLM.int8, both by bitsandbytes.
 """
@@ -34,9 +35,12 @@ def stored_bits(config: dict[str, Any], where: str) -> str | None:
     )
 
 
-def load_frozen(directory: Path, bits: str, device: torch.device, dtype: torch.dtype) -> Any:
+def load_frozen(
+    directory: Path, bits: str, device: torch.device, dtype: torch.dtype, attention_maps: bool = False
+) -> Any:
     """The model of a directory on `device`, `bits` one of LOADS, computing in `dtype`; a checkpoint in bitsandbytes's
-    own form keeps its codes. Attention caches nothing, which packed rows need. Raises LlmcompressError."""
+    own form keeps its codes. Attention caches nothing, which packed rows need, and with `attention_maps` is computed in
+    the one way that can give them. Raises LlmcompressError."""
     if bits not in LOADS:
         raise LlmcompressError(f"--load {bits}: is none of {', '.join(LOADS)}{nearest(bits, LOADS)}")
     try:
@@ -47,6 +51,7 @@ def load_frozen(directory: Path, bits: str, device: torch.device, dtype: torch.d
                 dtype=dtype,
                 device_map={"": device},
                 quantization_config=_quantization(bits, dtype),
+                **({"attn_implementation": "eager"} if attention_maps else {}),
             )
     except (ImportError, ValueError, OSError, RuntimeError, KeyError) as error:
         raise CheckpointError(

@@ -166,11 +166,15 @@ def _misfit(adapter: Adapter, name: str, shape: Sequence[int], was: TensorInfo) 
 
 
 class MergedCheckpoint(WrappedCheckpoint):
-    """`base` with `changes` made to it. Reading is safe from any number of threads."""
+    """`base` with `changes` made to it; zeros of `unrounded`, of its matrices, stay zeros where the adapter was trained
+    so. Reading is safe from any number of threads."""
 
-    def __init__(self, base: Checkpoint, adapter: Adapter, changes: Mapping[str, Change]) -> None:
+    def __init__(
+        self, base: Checkpoint, adapter: Adapter, changes: Mapping[str, Change], unrounded: Checkpoint
+    ) -> None:
         super().__init__(base)
         self.adapter = adapter
+        self._held = unrounded if adapter.keeps_zeros else None
         self.files = (*base.files, *adapter.weights.files)
         self._changes = dict(changes)
         self._sources: dict[str, str] = {}  # tensors that are read from another one of the base
@@ -205,9 +209,13 @@ class MergedCheckpoint(WrappedCheckpoint):
         if change.bias:
             scale, tensor = change.bias
             out += np.float32(scale) * finite(self.adapter.weights.read(tensor.name), tensor)
+        if self._held and len(self.index[name].shape) > 1:
+            own = self.source_name(name)
+            was = self._held.read(own, first, len(out))
+            out[to_float32(was, self._held.index[own].dtype) == 0] = 0
 
     def fingerprint(self) -> str:
-        parts = (self.base.fingerprint(), self.adapter.weights.fingerprint())
+        parts = (self.base.fingerprint(), self.adapter.weights.fingerprint(), str(bool(self._held)))
         return hashlib.sha256(" ".join(parts).encode()).hexdigest()
 
     def let_go(self, names: set[str]) -> None:
@@ -228,6 +236,8 @@ class MergedCheckpoint(WrappedCheckpoint):
             *self.base.notes,
             f"{self.adapter.kind} of {self.adapter.directory}: changes {len(self._changes)} tensors of {len(self.index)}",
         ]
+        if self._held:
+            found.append("zeros of the model stay zeros, as the adapter was trained")
         if self.config.get("tie_word_embeddings") != self.base.config.get("tie_word_embeddings"):
             found.append(
                 f"{HEAD}: a tensor of its own, since the adapter changes only one of embedding and head"

@@ -1,4 +1,4 @@
-"""transformers' Trainer over a peft model: what is passed to it, and how it tells where it is.
+"""transformers' Trainer over a model or a peft model: what is passed to it, and how it tells where it is.
 
 Through accelerate, so that `accelerate launch -m llmcompress finetune ...` spreads it over devices and machines.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ import transformers
 from torch.nn import functional
 from torch.utils.data import Dataset
 
+from llmcompress.distillation import Distiller, Teacher
 from llmcompress.errors import LlmcompressError, RunError
+from llmcompress.held_zeros import HeldZeros, Restore
 from llmcompress.progress import Progress
 from llmcompress.row_packing import IGNORED, Collator, rows_of
 from llmcompress.tuning_data import Example, TuningData
@@ -71,8 +74,11 @@ def trainer_of(
     bf16: bool,
     resumes: bool,
     progress: Progress,
+    zeros: HeldZeros | None = None,
+    teachers: Sequence[Teacher] = (),
 ) -> transformers.Trainer:
-    """A Trainer that keeps its checkpoints in `folder`; bf16: products in bfloat16, adapter and optimizer in float32."""
+    """A Trainer that keeps its checkpoints in `folder`; bf16: products in bfloat16, what is trained and the optimizer in
+    float32. It holds `zeros`, and learns from `teachers`."""
     measured = bool(data.validation)
     arguments = _arguments(options, figures, folder, bf16, measured, resumes, model.device.type)
     callbacks: list[transformers.TrainerCallback] = [Told(progress)]
@@ -80,7 +86,10 @@ def trainer_of(
         callbacks.append(transformers.EarlyStoppingCallback(options.patience))
     if options.method == "adalora":
         callbacks.append(Budget())
-    trainer = transformers.Trainer(
+    if zeros:
+        callbacks.append(Restore(zeros))
+    kind = partial(Distiller, teachers=teachers, options=options) if teachers else transformers.Trainer
+    trainer = kind(
         model, arguments, data_collator=Collator(length, pack), train_dataset=Items(data.train),
         eval_dataset=Items(_measured_rows(data.validation, length, pack)) if measured else None,
         callbacks=callbacks, compute_metrics=_mean_loss, preprocess_logits_for_metrics=_row_losses,

@@ -8,7 +8,7 @@ from typing import Any
 
 from llmcompress.errors import LlmcompressError, nearest
 
-METHODS = ("lora", "rslora", "dora", "adalora")
+METHODS = ("lora", "rslora", "dora", "adalora", "full")
 INITS = ("default", "pissa", "loftq")
 DTYPES = ("auto", "f32", "bf16")
 
@@ -18,6 +18,7 @@ ALPHA = {"rslora": 4.0}  # rsLoRA divides by the root of the rank: at rank 64 th
 MICRO_TOKENS = (
     4096  # tokens of the longest examples that are run at once: their logits are the largest thing there is
 )
+FULL_RATE = 0.1  # learning rate of whole weights, over an adapter's
 CHECKPOINTED = 500_000_000  # weights from which activations are computed twice rather than kept
 
 
@@ -28,6 +29,10 @@ class TuningOptions:
     `load`: bits of the frozen weights, 4bit, 8bit or 16bit; as the checkpoint has them by default. `batch`: examples in a step of the optimizer, over all
     devices; `micro_batch` of them at once on each. `validation`: a source, or a fraction to hold out. `patience`:
     evaluations without progress after which it stops; 0 never.
+
+    `keep_zeros`: zeros of the model's matrices stay zeros. `teachers`: models to learn from, each MODEL or
+    MODEL=WEIGHT; what of them, see distillation.py: `soft` is the share of their logits in the loss, at `temperature`,
+    `hidden` and `attention` weigh hidden states and attention maps, of the blocks that `layer_map` pairs.
     """
 
     load: str | None = None
@@ -56,6 +61,13 @@ class TuningOptions:
     seed: int = 0
     device: str = "auto"
     dtype: str = "auto"
+    keep_zeros: bool = False
+    teachers: tuple[str, ...] = ()
+    soft: float = 1.0
+    temperature: float = 1.0
+    hidden: float = 0.0
+    attention: float = 0.0
+    layer_map: str | None = None  # STUDENT:TEACHER blocks, such as 0:0,1:3; by default evenly
 
     def check(self) -> None:
         """Raises LlmcompressError for what is none of the known, out of range, or does not go together."""
@@ -69,7 +81,7 @@ class TuningOptions:
         for flag, value in (
             ("--rank", self.rank), ("--alpha", self.alpha), ("--epochs", self.epochs), ("--steps", self.steps),
             ("--batch", self.batch), ("--micro-batch", self.micro_batch), ("--lr", self.learning_rate),
-            ("--evaluations", self.evaluations),
+            ("--evaluations", self.evaluations), ("--temperature", self.temperature),
         ):  # fmt: skip
             if value is not None and not 0 < value < math.inf:
                 raise LlmcompressError(f"{flag} {value}: give a number above 0")
@@ -79,6 +91,27 @@ class TuningOptions:
             raise LlmcompressError(f"--epochs {self.epochs} and --steps {self.steps}: give one of the two")
         if self.init != "default" and self.method not in ("lora", "rslora"):
             raise LlmcompressError(f"--init {self.init}: with --method lora or rslora, not {self.method}")
+        if self.method == "full" and self.load not in (None, "16bit"):
+            raise LlmcompressError(f"--method full: trains the weights themselves, not those in {self.load}")
+        if self.keep_zeros and (self.method not in ("lora", "rslora", "full") or self.init != "default"):
+            how = f"--method {self.method}" if self.init == "default" else f"--init {self.init}"
+            raise LlmcompressError(f"--keep-zeros: with --method lora, rslora or full, not with {how}")
+        self._check_distillation()
+
+    def _check_distillation(self) -> None:
+        if not 0 <= self.soft <= 1:
+            raise LlmcompressError(f"--soft {self.soft}: give a share from 0 to 1")
+        for flag, value in (("--hidden", self.hidden), ("--attention", self.attention)):
+            if not 0 <= value < math.inf:
+                raise LlmcompressError(f"{flag} {value}: give a weight of 0 or more")
+        if not self.teachers and (self.hidden or self.attention or self.layer_map):
+            raise LlmcompressError(
+                "--hidden, --attention and --layer-map: what is learned of a --teacher; name one"
+            )
+        if self.teachers and not (self.soft or self.hidden or self.attention):
+            raise LlmcompressError(
+                "--soft 0: nothing of the teacher is learned; give --hidden or --attention"
+            )
 
 
 def parse_options(given: dict[str, Any]) -> TuningOptions:
@@ -116,7 +149,7 @@ def chosen(
     tokens.
 
     The learning rate falls with the width as (2000 / hidden)^0.78 from 5e-4, with an alpha of 32, for any rank: what
-    Thinking Machines found over 14 Llama and Qwen models ("LoRA Without Regret", 2025).
+    Thinking Machines found over 14 Llama and Qwen models ("LoRA Without Regret", 2025); of whole weights, a tenth.
     """
     micro = options.micro_batch or max(1, min(options.batch // devices, MICRO_TOKENS // longest))
     accumulation = max(1, round(options.batch / (micro * devices)))
@@ -126,9 +159,10 @@ def chosen(
     else:
         wanted = options.epochs or _epochs(in_epoch)
         steps = max(1, math.ceil(wanted * in_epoch))
+    rate = 5e-4 * (2000 / hidden) ** 0.78 * (FULL_RATE if options.method == "full" else 1)
     return Chosen(
         alpha=options.alpha or ALPHA.get(options.method, 32.0),
-        learning_rate=options.learning_rate or 5e-4 * (2000 / hidden) ** 0.78,
+        learning_rate=options.learning_rate or rate,
         steps=steps,
         epochs=steps / in_epoch,
         micro_batch=micro,
