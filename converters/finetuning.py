@@ -41,6 +41,7 @@ from llmcompress.whole_file import require_free_place, whole_file
 
 LONGEST = 2048  # tokens of an example, where the model takes more
 LIBRARIES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes")
+MANIFEST = "prune.json"
 AS_TRAINED = "for-nf4"  # the adapter that fits the quantized weights it was trained on
 
 
@@ -221,6 +222,8 @@ class _Run:
             for name, write in beside.items():
                 write(merged / name)
             result = merged
+        if self.options.keep_zeros and (manifest := self.checkpoint.directory / MANIFEST).is_file():
+            shutil.copyfile(manifest, result / MANIFEST)  # it tells where zeros are, which is still true
         try:
             os.replace(result, out)
         except OSError as error:

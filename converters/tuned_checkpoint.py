@@ -12,7 +12,7 @@ import transformers
 from llmcompress.converters.merge import plan_merge, run_merge
 
 from llmcompress.checkpoint import Checkpoint
-from llmcompress.checkpoint_output import copy_companions
+from llmcompress.companions import copy_companions
 from llmcompress.distillation import drop_projections
 from llmcompress.errors import LlmcompressError, RunError, nearest
 from llmcompress.progress import Progress

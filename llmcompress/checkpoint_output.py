@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from llmcompress.checkpoint import READABLE, Checkpoint
+from llmcompress.companions import copy_companions
 from llmcompress.errors import PlanError, RunError
 from llmcompress.grids.floats import first_nonfinite
 from llmcompress.journal import Journal, cannot_be_written, sync
@@ -38,16 +39,6 @@ SHARD_BYTES = 5 * 10**9  # of a file where nothing is asked for, as transformers
 COMMIT_SECONDS = 2.0  # a kill loses at most the pieces of this long
 COPY_BYTES = 2**22  # at a time
 SCRATCH = "scratch"  # a file of the folder while it is being made
-
-# What lies beside the weights and is copied: tokenizer, generation config, chat template and the model's own code.
-COMPANIONS = {".json", ".model", ".txt", ".jinja", ".tiktoken", ".py"}
-NOT_COPIED = {
-    "config.json",
-    "quantize_config.json",
-    "quant_config.json",
-    "hf_quant_config.json",
-    "adapter_config.json",
-}
 
 Data = np.ndarray | bytes
 
@@ -386,15 +377,6 @@ def _read_finite(checkpoint: Checkpoint, tensor: TensorInfo, position: int, size
                 "the checkpoint is damaged: fetch or train it again"
             )
     return data
-
-
-def copy_companions(source: Path, folder: Path) -> None:
-    """Copy what lies beside the weights: tokenizer, chat template, licence and the like."""
-    for file in sorted(source.iterdir()):
-        wanted = file.suffix in COMPANIONS or file.name.upper().startswith("LICENSE")
-        listed = file.name.endswith(".index.json") or file.name in NOT_COPIED
-        if wanted and not listed and file.is_file():
-            shutil.copyfile(file, folder / file.name)
 
 
 def _beside(folder: Path, ending: str) -> Path:

@@ -23,7 +23,7 @@ from llmcompress.recipe import read_recipe
 # Lower layers may not import higher ones.
 LAYERS = [
     {"errors"},
-    {"small_file", "whole_file", "reported", "calibration_data", "documents"},
+    {"small_file", "whole_file", "reported", "calibration_data", "documents", "companions"},
     {"json_object", "tensor_info", "sizes", "machine", "progress", "parallel"},
     {"gguf"},
     {"stats", "stats_table", "divergence", "logits_file"},
