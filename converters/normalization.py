@@ -13,17 +13,22 @@ from llmcompress.errors import TokenizerError
 
 @dataclass(frozen=True)
 class Normalization:
-    """`charsmap` is SentencePiece's precompiled table of replacements, empty where text is left as it is."""
+    """`charsmap` is SentencePiece's precompiled table of replacements, empty where text is left as it is; `lowercase`
+    and `strip_accents` are BERT's."""
 
     add_space_prefix: bool = False
     remove_extra_whitespaces: bool = False
     charsmap: bytes = b""
+    lowercase: bool = False
+    strip_accents: bool = False
 
 
 def read_normalization(files: TokenizerFiles) -> Normalization:
     """From tokenizer.json, or else from tokenizer.model; nothing is done where there is neither."""
     if files.json is not None:
-        return Normalization(_prefixes_space(files), _removes_spaces(files), _charsmap(files))
+        return Normalization(
+            _prefixes_space(files), _removes_spaces(files), _charsmap(files), *_of_bert(files)
+        )
     spm = files.sentencepiece
     if spm is None:
         return Normalization()
@@ -57,6 +62,16 @@ def _prefixes_space(files: TokenizerFiles) -> bool:
 
 def _removes_spaces(files: TokenizerFiles) -> bool:
     return any(pattern_of(step, "Regex") == " {2,}" for step in files.parts("normalizer"))
+
+
+def _of_bert(files: TokenizerFiles) -> tuple[bool, bool]:
+    """Whether letters are made small, and accents left out, as is done where nothing is said of them if they are."""
+    steps = {step.get("type"): step for step in files.parts("normalizer")}
+    bert = steps.get("BertNormalizer", {})
+    lower = bert.get("lowercase") is True or "Lowercase" in steps
+    accents = bert.get("strip_accents")
+    stripped = accents is True or (bert.get("lowercase") is True and accents is None)
+    return lower, stripped or "StripAccents" in steps
 
 
 def _charsmap(files: TokenizerFiles) -> bytes:

@@ -53,13 +53,14 @@ def find_pretokenizer(
 ) -> tuple[str, str]:
     """(name, how it was found) for the steps of a tokenizer.json's `pre_tokenizer`.
 
-    `flags` are those of pretokenizers.json that are known of this tokenizer: `ignore_merges` must agree, and
+    `flags` are those of pretokenizers.json that are known of this tokenizer: `ignore_merges`, if there, must agree, and
     of the names left the one that agrees in most others is taken. `encode` gives the ids of a text, special
     tokens included; it is called only where no regex list matches. Raises TokenizerError where nothing does.
     """
     stages = tuple(stage for step in steps if (stage := _stage(step)))
     names = _names_of(stages)
-    fitting = [name for name in names if ("ignore_merges" in names[name]) == flags["ignore_merges"]]
+    whole = flags.get("ignore_merges")
+    fitting = [name for name in names if whole in (None, "ignore_merges" in names[name])]
     if fitting:
         return max(fitting, key=lambda name: _agreement(names[name], flags)), "its regexes and flags"
     digest = hashlib.sha256(str(encode(_table()["check_text"])).encode()).hexdigest()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from llmcompress.converters import rwkv_world
 from llmcompress.converters.tokenizer_files import TokenizerFiles, configs_of
 
 # Role as Hugging Face names it -> GGUF's key, after gguf-py's constants (the misspelling is the format's).
@@ -40,34 +41,45 @@ class SpecialTokens:
     extra: tuple[int, ...]
     add_bos: bool
     add_eos: bool
+    add_sep: bool | None  # None: not to be said
     notes: tuple[str, ...]
 
 
 def find_special_tokens(
-    files: TokenizerFiles, config: dict[str, Any], ids: dict[str, int], size: int, begins: bool
+    files: TokenizerFiles, config: dict[str, Any], ids: dict[str, int], size: int, algorithm: str
 ) -> SpecialTokens:
     """Looks in tokenizer_config.json, special_tokens_map.json, the tokenizer itself, config.json and
     generation_config.json, in this order.
 
-    `ids` maps token texts to ids, `size` is the number of tokens, `begins` whether a text begins with the bos
-    token where no file says so.
+    `ids` maps token texts to ids, `size` is the number of tokens, `algorithm` llama.cpp's.
     """
+    if algorithm == "rwkv":
+        roles = {"bos": rwkv_world.ENDS, "eos": rwkv_world.ENDS, "eot": rwkv_world.PAUSE}
+        return SpecialTokens(
+            {role: ids[text] for role, text in roles.items() if text in ids}, (), False, False, None, ()
+        )
     notes: list[str] = []
     first, last = _template(files)
     found = _named(files, ids)
-    _take_template(found, ids, first, last, notes)
+    end = "sep" if algorithm == "bert" else "eos"
+    if end == "sep" and (begins := _text(files.config.get("cls_token"))) in ids:
+        found.setdefault("bos", ids[begins])
+    _take_template(found, ids, {"bos": first, end: last}, notes)
     for role in _IN_CONFIG:
         for source in (*configs_of(config), files.generation_config):
             for id in _numbers(source.get(f"{role}_token_id"), size)[:1]:
                 found.setdefault(role, id)
     _take_other_ends(found, [files.generation_config, *configs_of(config)], ids, size, notes)
-    if "eos" not in found:
+    if end not in found:
         notes.append(
-            "no file names the eos token: llama.cpp takes its own default for this kind of tokenizer"
+            f"no file names the {end} token: llama.cpp takes its own default for this kind of tokenizer"
         )
-    add_bos = _adds(files, "bos", first, found, begins, notes)
-    add_eos = _adds(files, "eos", last, found, False, notes)
-    return SpecialTokens(found, _extra(files, ids), add_bos, add_eos, tuple(notes))
+    add_bos = _adds(files, "bos", first, found, algorithm == "llama", notes)
+    adds_end = _adds(files, end, last, found, False, notes)
+    add_eos, add_sep = (False, adds_end) if end == "sep" else (adds_end, None)
+    if end == "sep" and not (add_bos and add_sep):
+        notes.append("llama.cpp puts a token before and after every text, which this tokenizer does not")
+    return SpecialTokens(found, _extra(files, ids), add_bos, add_eos, add_sep, tuple(notes))
 
 
 def _text(entry: Any) -> str | None:
@@ -124,10 +136,10 @@ def _first(token: Any) -> str:
 
 
 def _take_template(
-    found: dict[str, int], ids: dict[str, int], first: list | None, last: list | None, notes: list[str]
+    found: dict[str, int], ids: dict[str, int], added: dict[str, list[str] | None], notes: list[str]
 ) -> None:
     """What tokenizer.json adds counts, whatever role tokenizer_config.json gives that token."""
-    for role, tokens in (("bos", first), ("eos", last)):
+    for role, tokens in added.items():
         if not tokens:
             continue
         if len(tokens) > 1:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Callable
 from enum import IntEnum
 
 from llmcompress.converters.tokenizer_files import AddedToken
@@ -39,19 +40,19 @@ def looks_special(text: str) -> bool:
 class TokenTable:
     """Gathers tokens, whatever order they come in, and never more than the embedding has rows for.
 
-    `escapes` says whether ▁ stands for a space in it.
+    `spell` gives a token of a type as GGUF has it.
     `ids` maps each token as Hugging Face spells it to its id. `where` begins the messages of the
     TokenizerErrors that ids out of range, ids with two tokens, and tokens with two ids raise.
     """
 
-    def __init__(self, rows: int, where: str, escapes: bool) -> None:
+    def __init__(self, rows: int, where: str, spell: Callable[[str, int], str]) -> None:
         if rows > _LARGEST:
             raise TokenizerError(
                 f"{where}: an embedding of {rows} rows, the limit is {_LARGEST}; check vocab_size"
             )
         self.rows = rows
         self.where = where
-        self.escapes = escapes
+        self.spell = spell
         self.texts: list[str | None] = []
         self.types: list[int] = []
         self.scores: list[float] = []
@@ -108,9 +109,7 @@ class TokenTable:
             )
         if id >= len(self.texts):
             self._reach(id + 1)
-        # llama.cpp looks for user-defined tokens in the text before it turns spaces into ▁.
-        spaced = self.escapes and kind == TokenType.USER_DEFINED
-        self.texts[id] = text.replace("▁", " ") if spaced else text
+        self.texts[id] = self.spell(text, kind)
         self.types[id], self.scores[id] = int(kind), score
 
     def _reach(self, size: int) -> None:
@@ -118,6 +117,11 @@ class TokenTable:
         self.texts += [None] * missing
         self.types += [int(TokenType.UNUSED)] * missing
         self.scores += [_ADDED_SCORE] * missing
+
+    def show(self, text: str) -> None:
+        """Marks a token, if it is there, as one that is found in texts and printed, though its file calls it special."""
+        if text in self.ids:
+            self.types[self.ids[text]] = int(TokenType.USER_DEFINED)
 
     def make_control(self, id: int) -> None:
         """Marks a token as special that no file called so."""

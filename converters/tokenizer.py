@@ -1,11 +1,12 @@
 """A Hugging Face tokenizer, read for GGUF.
 
-llama.cpp has three algorithms that take one: "gpt2", byte-level BPE by merges; "llama", SentencePiece's BPE
-by scores; "t5", SentencePiece's unigram model. The tokenizer's files say which, and with what settings.
+llama.cpp has several algorithms that take one (token_sources.py). The tokenizer's files say which, and with what
+settings.
 """
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from llmcompress.converters.chat_template import read_chat_templates
 from llmcompress.converters.normalization import read_normalization
 from llmcompress.converters.pretokenizer import check_name, find_pretokenizer
 from llmcompress.converters.special_tokens import SpecialTokens, find_special_tokens
-from llmcompress.converters.token_sources import fill, find_algorithm
+from llmcompress.converters.token_sources import SHOWN, fill, find_algorithm, spelling
 from llmcompress.converters.token_table import TokenTable
 from llmcompress.converters.tokenizer_differences import find_differences
 from llmcompress.converters.tokenizer_files import TokenizerFiles, configs_of, read_files
@@ -51,16 +52,18 @@ def read_vocabulary(
     JSON, where the tokenizer cannot be written faithfully.
     """
     files = read_files(Path(directory))
-    model = find_algorithm(files)
+    model = find_algorithm(files, config)
     if kind not in (None, model):
         raise TokenizerError(
             f"{files.where}: a tokenizer of kind {model!r}, but this architecture needs {kind!r}"
         )
-    table = TokenTable(rows or _vocab_size(config, files), files.where, escapes=model != "gpt2")
+    table = TokenTable(rows or _vocab_size(config, files), files.where, spelling(model))
     merges = fill(table, files, model)
     table.put_all_added(files.added)
+    for text in SHOWN.get(model, ()):
+        table.show(text)
     table.finish(pad)
-    special = find_special_tokens(files, config, table.ids, len(table.texts), begins=model == "llama")
+    special = find_special_tokens(files, config, table.ids, len(table.texts), model)
     if files.json is None:
         for id in (*special.ids.values(), *special.extra):
             table.make_control(id)
@@ -70,7 +73,7 @@ def read_vocabulary(
         pre=pre,
         tokens=table.texts,
         token_types=table.types,
-        scores=None if model == "gpt2" else table.scores,
+        scores=table.scores if model in ("llama", "t5") else None,
         merges=merges,
         special=special,
         normalization=read_normalization(files),
@@ -98,13 +101,19 @@ def _pretokenizer(
             raise TokenizerError(
                 f"--pre {pre}: for byte-level BPE only, and {files.where} is of kind {model!r}"
             )
-        return "default", f"tokenizer of kind {model!r}, which has no pre-tokenizer"
+        name = "gemma4" if model == "gemma4" else "default"
+        return name, f"tokenizer of kind {model!r}, which has no pre-tokenizer"
     if pre is not None:
         return check_name(pre), f"pre-tokenizer {pre!r}, by --pre"
     if files.json is None:
         name, how = _by_class(files, config)
     else:
         steps, flags = files.parts("pre_tokenizer"), _flags(files, special)
+        if files.from_ranks and len(steps) < 2:  # the bytes alone
+            raise TokenizerError(
+                f"{files.where}: does not say how text is split, and its class "
+                f"{str(files.config.get('tokenizer_class'))[:40]!r} is not known; choose with --pre NAME"
+            )
         name, how = find_pretokenizer(steps, flags, lambda text: _encode(files, text), files.where)
     return name, f"pre-tokenizer {name!r}, by {how}"
 
@@ -120,7 +129,10 @@ def _by_class(files: TokenizerFiles, config: dict[str, Any]) -> tuple[str, str]:
 
 
 def _flags(files: TokenizerFiles, special: SpecialTokens) -> dict[str, bool]:
-    flags = {"ignore_merges": files.model.get("ignore_merges") is True, "no_bos": "bos" not in special.ids}
+    whole = files.model.get("ignore_merges") is True
+    flags = {"no_bos": "bos" not in special.ids}
+    if whole or not files.from_ranks:
+        flags["ignore_merges"] = whole
     clean = files.config.get("clean_up_tokenization_spaces")
     return flags | ({"keep_spaces": not clean} if isinstance(clean, bool) else {})
 
@@ -129,6 +141,6 @@ def _encode(files: TokenizerFiles, text: str) -> list[int]:
     from tokenizers import Tokenizer
 
     try:
-        return Tokenizer.from_file(files.where).encode(text).ids
+        return Tokenizer.from_str(json.dumps(files.json)).encode(text).ids
     except Exception as error:  # the library raises nothing more precise
         raise TokenizerError(f"{files.where}: the tokenizers library does not read it ({error})") from error

@@ -10,14 +10,15 @@ from llmcompress.converters.tokenizer_files import TokenizerFiles, pattern_of
 
 # SentencePiece's own steps, which "t5" does itself.
 _SENTENCEPIECE_STEPS = {"Precompiled", "Replace", "Strip", "Nmt"}
+# BERT's own, which "bert" does.
+_BERT_STEPS = {"BertNormalizer", "BertPreTokenizer"}
 
 
 def find_differences(files: TokenizerFiles, algorithm: str, types: list[int]) -> list[str]:
     """One line for each thing that may make llama.cpp's token ids differ from the tokenizer's own."""
     lines = [*_normalizing(files, algorithm), *_splitting(files, algorithm), *_added(files)]
-    return (
-        lines if algorithm == "gpt2" else [*lines, *_spacing(files, algorithm), *_unknown(algorithm, types)]
-    )
+    like_sentencepiece = algorithm in ("llama", "gemma4", "t5")
+    return [*lines, *_spacing(files, algorithm), *_unknown(algorithm, types)] if like_sentencepiece else lines
 
 
 def _normalizing(files: TokenizerFiles, algorithm: str) -> Iterator[str]:
@@ -26,6 +27,8 @@ def _normalizing(files: TokenizerFiles, algorithm: str) -> Iterator[str]:
         names.append("Precompiled")
     if algorithm == "t5":
         names = [name for name in names if name not in _SENTENCEPIECE_STEPS]
+    if algorithm == "bert":
+        names = [name for name in names if name not in _BERT_STEPS]
     if names:
         yield f"llama.cpp does not normalize text ({', '.join(names)}): ids differ where text is not so"
 
@@ -35,6 +38,13 @@ def _splitting(files: TokenizerFiles, algorithm: str) -> Iterator[str]:
     if algorithm == "gpt2":
         if any(step.get("type") == "ByteLevel" and step.get("add_prefix_space") for step in steps):
             yield "llama.cpp puts no space before the text, which this tokenizer does"
+        return
+    if algorithm == "bert":
+        if read_normalization(files).strip_accents:
+            yield "llama.cpp strips marks that take room (as in Indic scripts), too, and keeps Korean syllables whole"
+        names = [str(step.get("type")) for step in steps if step.get("type") not in _BERT_STEPS]
+        if names or not steps:
+            yield f"llama.cpp splits text as BERT does, this tokenizer otherwise ({', '.join(names) or 'not at all'})"
         return
     no_spaces = any(is_space_rule(step) for step in files.parts("normalizer"))
     idle = [step for step in steps if pattern_of(step, "String") == " " and no_spaces]

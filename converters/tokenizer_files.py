@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llmcompress.converters import rwkv_world, tekken, wordpiece
 from llmcompress.converters.sentencepiece import SentencePieceModel, read_sentencepiece
+from llmcompress.converters.tiktoken import find_tiktoken, read_tiktoken
 
 from llmcompress.errors import TokenizerError
 from llmcompress.json_object import read_object
@@ -29,12 +31,14 @@ class AddedToken:
 
 @dataclass(frozen=True)
 class TokenizerFiles:
-    """What a directory holds of tokenizer.json, tokenizer.model, vocab.json with merges.txt, and settings.
+    """What a directory holds of a tokenizer, and its settings.
 
+    `json` is tokenizer.json, or one that says the same as tekken.json, a tiktoken file or vocab.txt, the `source`.
     `merges` are strings of two parts with a space between, or pairs. Absent files are None or empty.
     """
 
     directory: Path
+    source: Path  # the file that the vocabulary comes from
     json: dict[str, Any] | None
     sentencepiece: SentencePieceModel | None
     vocab: dict[str, Any] | list
@@ -52,8 +56,12 @@ class TokenizerFiles:
     @property
     def where(self) -> str:
         """The file that the vocabulary comes from, for messages."""
-        name = "tokenizer.json" if self.json else "tokenizer.model" if self.sentencepiece else "vocab.json"
-        return str(self.directory / name)
+        return str(self.source)
+
+    @property
+    def from_ranks(self) -> bool:
+        """Whether the merges are made of ranks, by which every token that merges can reach is what they make of it."""
+        return self.json is not None and self.source.name not in ("tokenizer.json", wordpiece.NAME)
 
     def parts(self, name: str) -> list[dict[str, Any]]:
         """The steps of tokenizer.json's normalizer, pre_tokenizer, decoder or post_processor, in order."""
@@ -87,36 +95,62 @@ def _object(value: Any) -> dict[str, Any]:
 
 def read_files(directory: Path) -> TokenizerFiles:
     """Reads what is there. Raises TokenizerError where no tokenizer is, or one of a kind not read here."""
-    json = _read(directory / "tokenizer.json") or None
-    model = directory / "tokenizer.model"
-    spm = read_sentencepiece(model) if model.is_file() else None
-    alone = {} if json or spm else _read(directory / "vocab.json")
+    config = _read(directory / "tokenizer_config.json")
+    special_tokens_map = _read(directory / "special_tokens_map.json")
+    source, json = _as_json(directory, config)
+    if source and source.name in _ROLES:
+        special_tokens_map = _ROLES[source.name] | special_tokens_map
+    models = [directory / name for name in ("tokenizer.model", "spiece.model")]
+    models = [*models, *sorted(directory.glob("tokenizer.model.v*"), reverse=True)]
+    model = next((path for path in models if path.is_file() and path != source), None)
+    spm = read_sentencepiece(model) if model else None
+    worlds = [] if json or spm else sorted(directory.glob(rwkv_world.PATTERN))
+    alone = rwkv_world.read_rwkv(worlds[-1]) if worlds else {}
+    source = source or model or (worlds[-1] if worlds else directory / "vocab.json")
+    if not (json or spm or alone):
+        alone = _read(source)
     if not (json or spm or alone):
         raise TokenizerError(_nothing_found(directory))
     part = _object((json or {}).get("model"))
-    merges = _merges_txt(directory / "merges.txt") if alone else part.get("merges") or []
+    merges = _merges_txt(directory / "merges.txt") if alone and not worlds else part.get("merges") or []
     if not isinstance(merges, list):
-        raise TokenizerError(f"{directory / 'tokenizer.json'}: merges are not a list; fetch the file again")
-    config = _read(directory / "tokenizer_config.json")
+        raise TokenizerError(f"{source}: merges are not a list; fetch the file again")
     return TokenizerFiles(
         directory=directory,
+        source=source,
         json=json,
         sentencepiece=spm,
         vocab=alone or part.get("vocab") or {},
         merges=merges,
-        added=_added_tokens(json, config, directory),
+        added=_added_tokens(json, config, directory, source),
         config=config,
         generation_config=_read(directory / "generation_config.json"),
-        special_tokens_map=_read(directory / "special_tokens_map.json"),
+        special_tokens_map=special_tokens_map,
     )
 
 
+# The roles of tokens that the code of a tokenizer gives them.
+_ROLES = {tekken.NAME: tekken.ROLES, wordpiece.NAME: wordpiece.ROLES}
+
+
+def _as_json(directory: Path, config: dict[str, Any]) -> tuple[Path | None, dict[str, Any] | None]:
+    """The file that a tokenizer.json can be made of, itself first, and that."""
+    for name, reads in (
+        ("tokenizer.json", read_object),
+        (tekken.NAME, tekken.read_tekken),
+        (None, lambda file: read_tiktoken(file, config, _named_ids(directory, config))),
+        (wordpiece.NAME, lambda file: wordpiece.read_wordpiece(file, config)),
+    ):
+        file = directory / name if name else find_tiktoken(directory)
+        if file and file.is_file() and (json := reads(file)):
+            return file, json
+    return None, None
+
+
 def _nothing_found(directory: Path) -> str:
-    patterns = ("tekken.json", "*.tiktoken", "tokenizer.model.*")
-    others = sorted(path.name for pattern in patterns for path in directory.glob(pattern))
-    found = f"found {', '.join(others)}, which is not read here; " if others else ""
     return (
-        f"{directory}: no tokenizer.json, tokenizer.model or vocab.json; {found}save one with transformers: "
+        f"{directory}: no tokenizer.json, tokenizer.model, tekken.json, *.tiktoken, vocab.json, vocab.txt or "
+        f"{rwkv_world.PATTERN}; save one with transformers: "
         "AutoTokenizer.from_pretrained(MODEL).save_pretrained(DIRECTORY)"
     )
 
@@ -133,21 +167,29 @@ def _merges_txt(path: Path) -> list[str]:
     return [line.rstrip("\r") for line in lines[lines[0].startswith("#version") :] if line.strip()]
 
 
-def _added_tokens(json: dict | None, config: dict, directory: Path) -> list[AddedToken]:
+def _added_tokens(json: dict | None, config: dict, directory: Path, where: Path) -> list[AddedToken]:
     """tokenizer.json's; without one, those of added_tokens.json and of tokenizer_config.json."""
-    if json is not None:
-        where = directory / "tokenizer.json"
-        entries = json.get("added_tokens") or []
-        if not isinstance(entries, list):
-            raise TokenizerError(f"{where}: added_tokens are not a list; fetch the file again")
-        return [_added_token(entry, where) for entry in entries]
+    if json is None:
+        return sorted(_named(directory, config).values(), key=lambda token: token.id)
+    entries = json.get("added_tokens") or []
+    if not isinstance(entries, list):
+        raise TokenizerError(f"{where}: added_tokens are not a list; fetch the file again")
+    return [_added_token(entry, where) for entry in entries]
+
+
+def _named(directory: Path, config: dict) -> dict[str, AddedToken]:
+    """The added tokens that stand beside the tokenizer, by their texts."""
     where = directory / "added_tokens.json"
     tokens = {text: _added_token({"id": id, "content": text}, where) for text, id in _read(where).items()}
     where = directory / "tokenizer_config.json"
     for id, entry in _object(config.get("added_tokens_decoder")).items():
         token = _added_token(_object(entry) | {"id": int(id) if id.isdecimal() else id}, where)
         tokens[token.content] = token
-    return sorted(tokens.values(), key=lambda token: token.id)
+    return tokens
+
+
+def _named_ids(directory: Path, config: dict) -> dict[int, str]:
+    return {token.id: token.content for token in _named(directory, config).values()}
 
 
 def _added_token(entry: Any, where: Path) -> AddedToken:

@@ -18,7 +18,7 @@ from llmcompress.gguf.value import Metadata, ValueType, array, boolean, string, 
 class Vocabulary:
     """Tokens in the order of their ids, and what else llama.cpp needs to cut text into them.
 
-    `model` is llama.cpp's algorithm: "gpt2" has merges, "llama" and "t5" have scores. `notes` are for the
+    `model` is llama.cpp's algorithm: "gpt2" and "gemma4" have merges, "llama" and "t5" scores. `notes` are for the
     user: how the pre-tokenizer was found, what was padded or left out, what llama.cpp does otherwise.
     """
 
@@ -53,7 +53,12 @@ class Vocabulary:
         # llama.cpp has defaults for these that go by the pre-tokenizer's name, so they are always said.
         keys["add_bos_token"] = boolean(self.special.add_bos)
         keys["add_eos_token"] = boolean(self.special.add_eos)
+        if self.special.add_sep is not None:
+            keys["add_sep_token"] = boolean(self.special.add_sep)
         keys["add_space_prefix"] = boolean(self.normalization.add_space_prefix)
+        if self.model == "bert":
+            keys["normalizer.lowercase"] = boolean(self.normalization.lowercase)
+            keys["normalizer.strip_accents"] = boolean(self.normalization.strip_accents)
         if self.model == "t5":
             keys["remove_extra_whitespaces"] = boolean(self.normalization.remove_extra_whitespaces)
             if self.normalization.charsmap:
