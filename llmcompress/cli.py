@@ -352,10 +352,24 @@ app.add_typer(stats_commands.app, name="stats")
 def inspect_command(
     path: Annotated[str, typer.Argument(help="A GGUF or safetensors file, or a model directory.")],
     tensors: Annotated[bool, typer.Option("--tensors/--no-tensors", help="List every tensor.")] = True,
+    tokenizer: Annotated[
+        Optional[str],
+        typer.Option(
+            "--tokenizer", metavar="MODEL", help="Hold llama.cpp's ids of many texts against this model's."
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show a file's metadata, tensors and bits per weight."""
+    """Show a file's metadata, tensors and bits per weight, or how far its tokenizer agrees with its model's."""
     from llmcompress import display
+
+    if tokenizer:
+        from llmcompress import hub
+        from llmcompress.converters.tokenizer_check import check_tokenizer
+
+        checked = check_tokenizer(path, hub.resolve(tokenizer))
+        _print(checked.as_dict()) if as_json else display.show_tokenizer_check(checked)
+        return
     from llmcompress.inspect import inspect
 
     found = inspect(path)

@@ -6,7 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable
 from math import prod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
@@ -21,6 +21,9 @@ from llmcompress.progress import Progress
 from llmcompress.report import FileReport, Result
 from llmcompress.sensitivity import Sensitivity
 from llmcompress.sizes import format_size
+
+if TYPE_CHECKING:
+    from llmcompress.converters.tokenizer_check import TokenizerReport
 
 LOG_SECONDS = 10.0  # between two lines of a log
 
@@ -219,6 +222,30 @@ def show_inspection(found: Inspection, tensors: bool = True) -> None:
     )
     for warning in found.warnings:
         _out.print(f"warning: {warning}", style="yellow")
+
+
+def show_tokenizer_check(checked: TokenizerReport) -> None:
+    """The share of texts that llama.cpp gives other ids, and the first of them."""
+    for kind in checked.kinds:
+        share = kind.differ / kind.compared if kind.compared else 0.0
+        _out.print(
+            f"{kind.texts}: {kind.differ} of {kind.compared} have other ids in llama.cpp ({share:.2%})"
+        )
+    for label, one in [(kind.texts, one) for kind in checked.kinds for one in kind.first]:
+        start = next(
+            (i for i, pair in enumerate(zip(one.llama_cpp, one.tokenizer)) if pair[0] != pair[1]), None
+        )
+        at = min(len(one.llama_cpp), len(one.tokenizer)) if start is None else start
+        _out.print(
+            f"  {label}: {one.text!r}: from token {at} on {one.llama_cpp[at : at + 8]}, the tokenizer has "
+            f"{one.tokenizer[at : at + 8]}", soft_wrap=True,
+        )  # fmt: skip
+    if checked.added:
+        _out.print(
+            f"around a text: {checked.added.text!r} is {checked.added.llama_cpp} in llama.cpp, "
+            f"{checked.added.tokenizer} by the tokenizer"
+        )  # fmt: skip
+    _out.print(f"{checked.file} against {checked.tokenizer}", soft_wrap=True)
 
 
 def show_sensitivity(found: Sensitivity) -> None:

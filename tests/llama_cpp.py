@@ -1,60 +1,24 @@
-"""The real llama.cpp and ggml, for tests: ctypes on the C API that xllamacpp's shared object exports.
+"""The real llama.cpp and ggml, for tests: more of the C API that llmcompress/llama_tokenizer.py takes a tokenizer from.
 
-Declarations follow llama.h and ggml.h. The two parameter structs are declared only up to the last field
-set here and end in spare room, since llama.cpp adds fields at their ends; the defaults it fills in are
-checked before a field is set, so a version with another layout fails at once instead of misreading.
+Declarations follow llama.h and ggml.h, and its rules.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
-import importlib.util
 import os
 from collections.abc import Sequence
 from ctypes import POINTER, c_bool, c_char_p, c_float, c_int, c_int32, c_int64, c_size_t, c_uint32, c_void_p
-from pathlib import Path
 
 import numpy as np
 
+from llmcompress import llama_tokenizer
+from llmcompress.llama_tokenizer import SPARE, LlamaTokenizer, checked_defaults, declare, log_lines
+
 GGML_F32, GGML_F16 = 0, 1
 FLASH_ATTENTION_OFF, FLASH_ATTENTION_AUTO = 0, -1
-SPARE = c_uint32 * 128  # more than any version's tail: a struct passed by value may be larger than expected
 THREADS = 2
-
-
-class ModelParams(ctypes.Structure):
-    """llama_model_params."""
-
-    _fields_ = [
-        ("devices", c_void_p),
-        ("tensor_buft_overrides", c_void_p),
-        ("n_gpu_layers", c_int32),
-        ("split_mode", c_int),
-        ("load_mode", c_int),
-        ("lazy_mode", c_int),
-        ("main_gpu", c_int32),
-        ("tensor_split", c_void_p),
-        ("progress_callback", c_void_p),
-        ("progress_callback_user_data", c_void_p),
-        ("kv_overrides", c_void_p),
-        ("vocab_only", c_bool),
-        ("check_tensors", c_bool),
-        ("use_extra_bufts", c_bool),
-        ("no_host", c_bool),
-        ("no_alloc", c_bool),
-        ("spare", SPARE),
-    ]
-    EXPECTED = {
-        "n_gpu_layers": -1,
-        "load_mode": -1,
-        "lazy_mode": 1,
-        "kv_overrides": None,
-        "vocab_only": False,
-        "check_tensors": False,
-        "use_extra_bufts": True,
-        "no_host": False,
-    }
 
 
 class ContextParams(ctypes.Structure):
@@ -119,23 +83,13 @@ class Batch(ctypes.Structure):
     ]
 
 
-LogCallback = ctypes.CFUNCTYPE(None, c_int, c_char_p, c_void_p)
-
 SIGNATURES = {  # function: (result, arguments)
-    "llama_backend_init": (None, []),
-    "llama_log_set": (None, [LogCallback, c_void_p]),
-    "llama_model_default_params": (ModelParams, []),
     "llama_context_default_params": (ContextParams, []),
-    "llama_model_load_from_file": (c_void_p, [c_char_p, ModelParams]),
     "llama_init_from_model": (c_void_p, [c_void_p, ContextParams]),
     "llama_set_n_threads": (None, [c_void_p, c_int32, c_int32]),
-    "llama_model_free": (None, [c_void_p]),
     "llama_free": (None, [c_void_p]),
     "llama_model_desc": (c_int32, [c_void_p, c_char_p, c_size_t]),
     "llama_model_meta_val_str": (c_int32, [c_void_p, c_char_p, c_char_p, c_size_t]),
-    "llama_model_get_vocab": (c_void_p, [c_void_p]),
-    "llama_vocab_n_tokens": (c_int32, [c_void_p]),
-    "llama_tokenize": (c_int32, [c_void_p, c_char_p, c_int32, POINTER(c_int32), c_int32, c_bool, c_bool]),
     "llama_detokenize": (c_int32, [c_void_p, POINTER(c_int32), c_int32, c_char_p, c_int32, c_bool, c_bool]),
     "llama_batch_init": (Batch, [c_int32, c_int32, c_int32]),
     "llama_batch_free": (None, [Batch]),
@@ -152,36 +106,13 @@ SIGNATURES = {  # function: (result, arguments)
     "ggml_quantize_chunk": (c_size_t, [c_int, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p]),
 }
 
-log_lines: list[str] = []
-
-
-@LogCallback
-def keep_log(level: int, text: bytes, user_data: int | None) -> None:
-    log_lines.append(text.decode(errors="replace"))
-
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    """The shared object with every function of SIGNATURES declared and the backend started."""
-    package = Path(importlib.util.find_spec("xllamacpp").origin).parent
-    loaded = ctypes.CDLL(str(next(package.glob("xllamacpp*.so"))))
-    for name, (result, arguments) in SIGNATURES.items():
-        function = getattr(loaded, name)
-        function.restype, function.argtypes = result, arguments
-    loaded.llama_log_set(keep_log, None)
-    loaded.llama_backend_init()
+    """The shared object with these functions declared, too."""
+    loaded = llama_tokenizer.library()
+    declare(loaded, SIGNATURES)
     return loaded
-
-
-def checked_defaults(params: ModelParams | ContextParams) -> ModelParams | ContextParams:
-    for field, expected in params.EXPECTED.items():
-        found = getattr(params, field)
-        if found != expected:
-            raise RuntimeError(
-                f"{type(params).__name__}.{field} defaults to {found}, not {expected}: "
-                "this xllamacpp has another struct layout; compare with its llama.h"
-            )
-    return params
 
 
 class Ggml:
@@ -233,25 +164,18 @@ class Ggml:
             raise ValueError(f"{self.name(ggml_type)}: {columns} columns are not a multiple of {block}")
 
 
-class Model:
+class Model(LlamaTokenizer):
     """A GGUF file opened by llama.cpp; computes with an F32 cache and without flash attention.
 
-    Raises RuntimeError with llama.cpp's own log where it refuses the file. With `vocab_only` just the
+    Raises GGUFError with llama.cpp's own log where it refuses the file. With `vocab_only` just the
     tokenizer and the metadata work.
     """
 
     def __init__(self, path: str | os.PathLike, context: int = 512, vocab_only: bool = False) -> None:
-        self.lib = library()
+        library()
         self.context_size = context
         self._context = None
-        log_lines.clear()
-        params = checked_defaults(self.lib.llama_model_default_params())
-        params.vocab_only = vocab_only
-        self._model = self.lib.llama_model_load_from_file(os.fsencode(path), params)
-        if not self._model:
-            raise RuntimeError(f"llama.cpp does not load {path}:\n{''.join(log_lines)}")
-        self._vocab = self.lib.llama_model_get_vocab(self._model)
-        self.n_vocab: int = self.lib.llama_vocab_n_tokens(self._vocab)
+        super().__init__(path, vocab_only)
         if not vocab_only:
             self._open_context()
 
@@ -269,9 +193,8 @@ class Model:
     def close(self) -> None:
         if self._context:
             self.lib.llama_free(self._context)
-        if self._model:
-            self.lib.llama_model_free(self._model)
-        self._context = self._model = self._vocab = None
+        self._context = None
+        super().close()
 
     def use_adapter(self, path: str | os.PathLike | None, scale: float = 1.0) -> None:
         """Compute with a LoRA in a GGUF from here on, with none for None. It is freed with the model."""
@@ -284,12 +207,6 @@ class Model:
         handles, scales = (c_void_p * 1)(*adapters), (c_float * 1)(scale)
         if self.lib.llama_set_adapters_lora(self._context, handles, len(adapters), scales):
             raise RuntimeError(f"llama.cpp does not use {path}:\n{''.join(log_lines)}")
-
-    def __enter__(self) -> Model:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
 
     @property
     def description(self) -> str:
@@ -306,16 +223,6 @@ class Model:
         buffer = ctypes.create_string_buffer(size + 1)
         self.lib.llama_model_meta_val_str(self._model, key.encode(), buffer, len(buffer))
         return buffer.value.decode(errors="replace")
-
-    def tokenize(self, text: str, add_special: bool = False, parse_special: bool = True) -> list[int]:
-        encoded = text.encode()
-        ids = (c_int32 * (len(encoded) + 8))()
-        arguments = (add_special, parse_special)
-        count = self.lib.llama_tokenize(self._vocab, encoded, len(encoded), ids, len(ids), *arguments)
-        if count < 0:  # the room needed, negated
-            ids = (c_int32 * -count)()
-            count = self.lib.llama_tokenize(self._vocab, encoded, len(encoded), ids, len(ids), *arguments)
-        return ids[:count]
 
     def detokenize(
         self, ids: Sequence[int], remove_special: bool = False, unparse_special: bool = True

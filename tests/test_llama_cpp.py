@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 from llama_cpp import Ggml, Model
 
+from llmcompress.errors import GGUFError
+
 KINDS = "Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q3_K Q4_K Q5_K Q6_K IQ4_NL IQ4_XS MXFP4".split()
 
 
@@ -48,5 +50,5 @@ def test_what_ggml_would_abort_on_is_an_error():
 def test_a_file_that_llama_cpp_refuses(tmp_path, content):
     path = tmp_path / "broken.gguf"
     path.write_bytes(content)
-    with pytest.raises(RuntimeError, match="does not load .*broken.gguf"):
+    with pytest.raises(GGUFError, match="does not load .*broken.gguf"):
         Model(path)

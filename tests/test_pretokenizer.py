@@ -9,7 +9,7 @@ from llmcompress.converters.pretokenizer import canonical, check_name, find_pret
 from tokenizers import Tokenizer
 from vocabulary_file import write_vocabulary
 
-from llmcompress.errors import TokenizerError
+from llmcompress.errors import GGUFError, TokenizerError
 from llmcompress.gguf.value import ValueType, array, boolean, string
 
 LLAMA3 = (
@@ -144,7 +144,7 @@ def test_llama_cpp_loads_every_known_name(tmp_path) -> None:
             assert model.n_vocab == 16
     metadata["tokenizer.ggml.pre"] = string("no-such-name")
     write_vocabulary(metadata, path)
-    with pytest.raises(RuntimeError, match="unknown pre-tokenizer type"):
+    with pytest.raises(GGUFError, match="unknown pre-tokenizer type"):
         Model(path, vocab_only=True)
 
 

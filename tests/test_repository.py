@@ -24,7 +24,7 @@ from llmcompress.recipe import read_recipe
 LAYERS = [
     {"errors"},
     {"small_file", "whole_file", "reported", "calibration_data", "documents", "companions"},
-    {"json_object", "tensor_info", "sizes", "machine", "progress", "parallel"},
+    {"json_object", "tensor_info", "sizes", "machine", "progress", "parallel", "llama_tokenizer"},
     {"gguf"},
     {"stats", "stats_table", "divergence", "logits_file"},
     {"grids"},

@@ -14,6 +14,7 @@ import transformers
 from llmcompress.converters import byte_ranks, tiktoken
 from llmcompress.converters.token_table import TokenType
 from llmcompress.converters.tokenizer import Vocabulary, read_vocabulary
+from llmcompress.converters.tokenizer_files import read_files
 from tokenizer_corpus import TEXTS
 from tokenizer_material import config, hf_tokenizer, read_json, train_gemma
 from tokenizers import BertWordPieceTokenizer, Tokenizer, models, pre_tokenizers, trainers
@@ -51,6 +52,10 @@ def test_tekken_is_cut_as_mistral_common_does(name: str, tmp_path: Path) -> None
         "<SPECIAL_999>",
     ]
     assert vocabulary.token_types[999:1001] == [TokenType.CONTROL, TokenType.NORMAL]
+    same = Tokenizer.from_str(json.dumps(read_files(tmp_path).json))
+    assert not differing(
+        TEXTS, lambda text: same.encode(text).ids, lambda text: theirs.encode(text, True, False)
+    )
     # llama.cpp's regex has no \p{M}, which is where marks within words end them.
     marked = disagreeing(vocabulary, tmp_path, lambda text: theirs.encode(text, False, False))
     assert len(marked) == 8 and all(any(0x600 < ord(letter) < 0x1100 for letter in text) for text in marked)
@@ -143,6 +148,9 @@ def test_tiktoken_files_are_cut_as_tiktoken_does(case: str, ranked: list[bytes],
     assert (vocabulary.tokens[900], vocabulary.tokens[902]) == (behind, "[gMASK]")
     assert vocabulary.special.add_bos == (case == "glm4")
     theirs = reference(ranked, name, {})
+    same = Tokenizer.from_str(json.dumps(read_files(tmp_path).json | {"normalizer": None}))
+    plain = lambda text: same.encode(text, add_special_tokens=False).ids  # noqa: E731
+    assert not differing(TEXTS, plain, lambda text: theirs.encode(text, disallowed_special=()))
     differ = disagreeing(vocabulary, tmp_path, lambda text: theirs.encode(text, disallowed_special=()))
     assert len(differ) <= (7 if case == "kimi" else 0), (
         differ
