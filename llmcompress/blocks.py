@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -72,6 +72,8 @@ class Lockstep:
             module.forward = self._parking(block)
         self._hub = getcurrent()
         self._calls: list[greenlet] = []
+        self._moving: list[int] = []  # batches that go through the blocks
+        self._rest: tuple | None = None  # what the last block returned behind its hidden states, if a tuple
         self._waiting: list[_Arrival | torch.Tensor] = []  # a block's output, once the last block is done
 
     @classmethod
@@ -98,16 +100,25 @@ class Lockstep:
         inside = f"{self.blocks[block]}."
         return {name: value for name, value in self._state().items() if name.startswith(inside)}
 
-    def start(self, batches: Sequence[torch.Tensor]) -> None:
-        """Run every batch, int64 (rows, tokens) without padding, up to the first block."""
+    def start(self, batches: Sequence[torch.Tensor], copies: int = 0) -> None:
+        """Run every batch, int64 (rows, tokens) without padding, up to the first block.
+
+        `copies` of all of them wait there without hidden states, until `branch` brings them elsewhere. Batch b's are
+        the batches b + len(batches), b + 2·len(batches), and so on.
+        """
         self._hub = getcurrent()
         self._hidden = HiddenStates(self._hidden_bytes)
-        self._calls = [greenlet(self._forward) for _ in batches]
+        self._calls = [greenlet(self._forward) for _ in range(len(batches) * (1 + copies))]
+        self._moving = list(range(len(batches)))
+        self._waiting = []
         with self.weights.loaded(self._entry()):
-            self._waiting = [
-                self._arrived(batch, call.switch(tokens.to(self.device)), 0)
-                for batch, (call, tokens) in enumerate(zip(self._calls, batches))
-            ]
+            for batch, call in enumerate(self._calls):
+                tokens = batches[batch % len(batches)].to(self.device)
+                self._waiting.append(self._arrived(batch, call.switch(tokens), 0))
+                if batch >= len(batches):
+                    self._hidden.release(batch)
+                    hidden = self._waiting[batch].hidden
+                    hidden.data = hidden.new_empty(0)
 
     @contextlib.contextmanager
     def loaded(self, block: int) -> Iterator[dict[str, nn.Parameter]]:
@@ -133,6 +144,7 @@ class Lockstep:
         tokens, hidden), here and in order.
         """
         for batch, output in self._outputs(block, watch or (lambda batch: contextlib.nullcontext())):
+            self._rest = None if isinstance(output, torch.Tensor) else tuple(output[1:])
             if seen:
                 seen(batch, _hidden_of(output))
             if block + 1 < len(self.blocks):
@@ -152,11 +164,37 @@ class Lockstep:
             if seen:
                 seen(batch, _hidden_of(output))
 
+    def branch(self, block: int, copy: int, hidden: torch.Tensor) -> None:
+        """Bring a waiting copy behind `block`, as if `hidden` were the output of that; from there it goes with the others.
+
+        Raises RunError for models whose blocks hand on more than hidden states.
+        """
+        output = self._shaped(hidden)
+        for passed in range(block + 1):
+            if passed + 1 == len(self.blocks):
+                self._hidden.keep(copy, hidden)
+                self._waiting[copy] = output
+            else:
+                arrival = self._calls[copy].switch(output)
+                if passed == block:
+                    self._waiting[copy] = self._arrived(copy, arrival, block + 1)
+        self._moving.append(copy)
+
+    def _shaped(self, hidden: torch.Tensor) -> Any:
+        """What a block returns, with `hidden` as its output."""
+        if not self._rest:
+            return hidden if self._rest is None else (hidden,)
+        if any(isinstance(value, torch.Tensor) for value in self._rest):
+            raise RunError(
+                f"{type(self.model).__name__}: its blocks return more than hidden states; none can be left out of a run"
+            )
+        return (hidden, *self._rest)
+
     def _outputs(
         self, block: int, watch: Callable[[int], contextlib.AbstractContextManager]
     ) -> Iterator[tuple[int, Any]]:
         """Batches and their outputs, in order, at most one more than there are workers under way."""
-        batches = range(len(self._calls))
+        batches = tuple(self._moving)
         if min(self.workers, len(batches)) < 2:
             for batch in batches:
                 yield batch, self._run(block, self._fetched(batch), watch(batch))
@@ -182,10 +220,10 @@ class Lockstep:
         self._hidden.fetch(arrival.hidden, self.device)
         return arrival
 
-    def finish(self) -> Iterator[torch.Tensor]:
-        """The logits of every batch in turn, (rows, tokens, vocabulary)."""
+    def finish(self, batches: Iterable[int] | None = None) -> Iterator[torch.Tensor]:
+        """The logits, (rows, tokens, vocabulary), of every batch in turn, or in the order given."""
         with self.weights.loaded(self._exit()):
-            for batch in range(len(self._calls)):
+            for batch in range(len(self._calls)) if batches is None else batches:
                 yield self._logits(batch)  # no name here, which would hold them while the next are computed
 
     def finish_before_head(self, seen: Callable[[int, torch.Tensor], None]) -> None:

@@ -60,17 +60,18 @@ def evaluate(
     """Run `batches`, int64 (rows, tokens), through both models, or through one for its perplexity alone.
 
     `save` gets the reference's logits (the artefact's, where it is alone) of the scored positions, row by row.
-    Raises RunError where the models have different blocks or vocabularies, and for what is not finite.
+    Without a reference of as many blocks, and as wide ones, there are no errors of hidden states. Raises RunError where the models have
+    different vocabularies, and for what is not finite.
     """
     models = [model for model in (reference, artefact) if model is not None]
     if reference:
-        _check_same("blocks", len(artefact.blocks), len(reference.blocks))
         _check_same("tokens in its vocabulary", vocabulary(artefact), vocabulary(reference))
-    errors = {}
+    errors, alike = {}, reference and _shape(reference) == _shape(artefact)
 
-    def compare(block: str) -> None:
-        if reference:
-            errors[block] = _hidden_error(block, reference, artefact, len(batches))
+    def compare(block: int) -> None:
+        if alike:
+            name = artefact.blocks[block]
+            errors[name] = _hidden_error(name, reference, artefact, len(batches))
 
     _through_blocks(models, batches, progress, compare)
     found = Divergence() if reference else Perplexity()
@@ -116,6 +117,11 @@ def _check_same(what: str, artefact: int, reference: int) -> None:
         )
 
 
+def _shape(model: Lockstep) -> tuple[int, int]:
+    """How many blocks a model has, and how wide its hidden states are."""
+    return len(model.blocks), model.model.config.get_text_config().hidden_size
+
+
 def _targets(at: slice) -> slice:
     """The tokens that the positions `at` predict."""
     return slice(at.start + 1, at.stop + 1)
@@ -125,18 +131,20 @@ def _through_blocks(
     models: Sequence[Lockstep],
     batches: Sequence[torch.Tensor],
     progress: Progress,
-    after: Callable[[str], None],
+    after: Callable[[int], None],
 ) -> None:
     """Take the batches to the end of all blocks, each model's next block in turn."""
     tokens = sum(batch.numel() for batch in batches)
-    progress.start("evaluate", tokens * len(models[-1].blocks), "tokens x blocks")
+    most = max(len(model.blocks) for model in models)
+    progress.start("evaluate", tokens * most, "tokens x blocks")
     for model in models:
         model.start(batches)
-    for block, name in enumerate(models[-1].blocks):
+    for block in range(most):
         for model in models:
-            with model.loaded(block):
-                model.through(block)
-        after(name)
+            if block < len(model.blocks):
+                with model.loaded(block):
+                    model.through(block)
+        after(block)
         progress.advance(tokens)
 
 

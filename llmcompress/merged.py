@@ -7,7 +7,6 @@ merging on the way and merging first give the same bytes.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import tempfile
 import threading
@@ -23,7 +22,7 @@ from llmcompress.errors import PlanError, nearest, shown
 from llmcompress.grids.compiled import compiled
 from llmcompress.grids.floats import to_float32
 from llmcompress.tensor_info import TensorInfo
-from llmcompress.wrapped import WrappedCheckpoint
+from llmcompress.wrapped import WrappedCheckpoint, folder_of_links
 
 HEAD = "lm_head.weight"
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight")
@@ -353,17 +352,10 @@ class MergedCheckpoint(WrappedCheckpoint):
         new = bool(own.intersection(VOCABULARIES))
         if self.config == self.base.config and not own:
             return self.base.directory
-        self._folder = tempfile.TemporaryDirectory(prefix="llmcompress-")
+        self._folder = folder_of_links(self.base, self.config, TOKENIZER_FILES if new else own)
         folder = Path(self._folder.name)
-        for file in sorted(self.base.directory.iterdir()):
-            replaced = file.name in own or (new and file.name in TOKENIZER_FILES)
-            if file.is_file() and not replaced and file not in self.base.files and file.name != "config.json":
-                os.symlink(file.resolve(), folder / file.name)
         for name in own:
             os.symlink((self.adapter.directory / name).resolve(), folder / name)
-        (folder / "config.json").write_text(
-            json.dumps(self.config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-        )
         return folder
 
 

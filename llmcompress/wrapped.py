@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
 from llmcompress.checkpoint import Checkpoint
 
 
@@ -45,3 +52,15 @@ class WrappedCheckpoint(Checkpoint):
 
     def close(self) -> None:
         self.base.close()
+
+
+def folder_of_links(base: Checkpoint, config: Mapping[str, Any], without: Iterable[str] = ()) -> tempfile.TemporaryDirectory:
+    """A folder that stands in for the base's, with another config.json; of the files beside the weights it has links to all
+    but those of the names in `without`. It is gone with the object."""
+    made = tempfile.TemporaryDirectory(prefix="llmcompress-")
+    folder, left_out = Path(made.name), {"config.json", *without}
+    for file in sorted(base.directory.iterdir()):
+        if file.is_file() and file.name not in left_out and file not in base.files:
+            os.symlink(file.resolve(), folder / file.name)
+    (folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return made

@@ -538,9 +538,6 @@ def test_options_that_cannot_be(changes: dict, message: str, sample: Path, optio
 
 def test_artefacts_that_are_not_the_references(sample, files, options, root, tmp_path: Path) -> None:
     stories = root / "tests" / "data" / "stories260K"
-    shallow = shutil.copytree(sample, tmp_path / "shallow")
-    config = json.loads((shallow / "config.json").read_text())
-    (shallow / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 5}))
     for artefact, reference, kind, message in (
         (files["Q4_0"], None, LlmcompressError, "give --reference"),
         (
@@ -553,10 +550,19 @@ def test_artefacts_that_are_not_the_references(sample, files, options, root, tmp
         (tmp_path / "nowhere.gguf", sample, GGUFError, "No such file"),
         (sample / "config.json", sample, GGUFError, "is not a GGUF file"),
         (stories, sample, LlmcompressError, "the model has 512 tokens; are both of the same model"),
-        (shallow, sample, RunError, "the artefact has 5 blocks, its reference 6;"),
     ):
         with pytest.raises(kind, match=message):
             evaluated(artefact, reference, options)
+
+
+def test_a_model_of_fewer_layers_is_held_against_its_reference(sample: Path, options, tmp_path: Path) -> None:
+    shallow = shutil.copytree(sample, tmp_path / "shallow")
+    config = json.loads((shallow / "config.json").read_text())
+    (shallow / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 5}))
+    found, alone = evaluated(shallow, sample, options), evaluated(shallow, None, options)
+    figures = found.evaluation.figures
+    assert figures["perplexity"] == alone.evaluation.figures["perplexity"]
+    assert figures["mean_kl"].value > 0.1 and found.evaluation.hidden_errors == {}
 
 
 @pytest.fixture
