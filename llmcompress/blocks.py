@@ -62,7 +62,7 @@ class Lockstep:
         self.model, self.weights, self.device = model, weights, device
         side_by_side = device.type == "cpu" and isinstance(weights, PartWeights)
         self.workers = torch.get_num_threads() if side_by_side else 1
-        self.blocks, modules = _decoder_blocks(self.model)
+        self.blocks, modules = decoder_blocks(self.model)
         heads = self._owned_by(model.get_output_embeddings())
         own = {target.parameter for target in weights.targets.values()}
         self.head = min(heads & own or heads)
@@ -85,7 +85,7 @@ class Lockstep:
         matrices in bfloat16. Raises CheckpointError."""
         model = empty_model(checkpoint.directory, dtype, device)
         if mixed:
-            narrow_matrices(_decoder_blocks(model)[1])
+            narrow_matrices(decoder_blocks(model)[1])
         lockstep = cls(model, PartWeights(model, checkpoint, device), device, hidden_bytes)
         lockstep.mixed = mixed
         return lockstep
@@ -311,8 +311,8 @@ def _one_thread_each() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _decoder_blocks(model: nn.Module) -> tuple[list[str], list[nn.Module]]:
-    """The longest list of modules that lies in no other list."""
+def decoder_blocks(model: PreTrainedModel) -> tuple[list[str], list[nn.Module]]:
+    """The longest list of modules that lies in no other list; before all, one of as many as config.json counts layers."""
     lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
     outer = [
         (name, module)
@@ -323,7 +323,8 @@ def _decoder_blocks(model: nn.Module) -> tuple[list[str], list[nn.Module]]:
         raise RunError(
             f"{type(model).__name__} has no list of decoder blocks; it cannot be run block by block"
         )
-    name, modules = max(outer, key=lambda found: len(found[1]))
+    layers = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    name, modules = max(outer, key=lambda found: (len(found[1]) == layers, len(found[1])))
     return [f"{name}.{block}" for block in range(len(modules))], list(modules)
 
 
