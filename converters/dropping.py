@@ -101,7 +101,9 @@ class _Search:
     figures: of each round the layer that went and the figure of every layer that was there, by its number in the model.
     """
 
-    def __init__(self, checkpoint: Checkpoint, options: StructureOptions, folder: Path, progress: Progress) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, options: StructureOptions, folder: Path, progress: Progress
+    ) -> None:
         self.checkpoint, self.options, self.progress = checkpoint, options, progress
         self.calibration = calibration_options(options, TOKENS)
         self.rows = rows_of(checkpoint, self.calibration)
@@ -161,7 +163,10 @@ class _Search:
         if held.get("job") != self.fingerprint:
             return []
         return [
-            {"layer": round["layer"], self.options.measure: {int(layer): kl for layer, kl in round[self.options.measure].items()}}
+            {
+                "layer": round["layer"],
+                self.options.measure: {int(layer): kl for layer, kl in round[self.options.measure].items()},
+            }
             for round in held["rounds"]
         ]
 

@@ -25,13 +25,24 @@ OF_EACH = (  # lists with a value for each layer
     "activation_sparsity_pattern", "num_key_value_heads", "num_attention_heads", "moe_topk", "num_shared_expert",
     "num_experts", "num_experts_per_tok", "attention_layers", "attn_layer_types", "block_types", "sliding_window_list",
 )  # fmt: skip
-NUMBERS = ("mlp_only_layers", "moe_layers", "full_attn_idxs", "attn_layer_indices")  # lists of layers' numbers
+NUMBERS = (
+    "mlp_only_layers",
+    "moe_layers",
+    "full_attn_idxs",
+    "attn_layer_indices",
+)  # lists of layers' numbers
 BY_NUMBER = ("per_layer_config",)  # objects whose keys are layers' numbers
 FIRST_OF_A_KIND = (  # numbers of layers, those before which are of another kind
     "first_k_dense_replace", "num_dense_layers", "moe_layer_start_index", "max_window_layers",
 )  # fmt: skip
 LAST_OF_A_KIND = ("moe_layer_end_index",)
-NOT_OF_LAYERS = ("architectures", "eos_token_id", "bos_token_id", "stop_token_ids", "time_step_limit")  # other lists
+NOT_OF_LAYERS = (
+    "architectures",
+    "eos_token_id",
+    "bos_token_id",
+    "stop_token_ids",
+    "time_step_limit",
+)  # other lists
 # What makes a layer depend on its place, or on others, so that leaving out one changes those that stay.
 REFUSED = {
     "num_kv_shared_layers": "its last layers take keys and values of earlier ones",
@@ -61,7 +72,9 @@ def _without(values: Mapping[str, Any], whole: Mapping[str, Any], dropped: Seque
     kept = [layer for layer in range(count) if layer not in set(dropped)]
     for name, why in REFUSED.items():
         if whole.get(name) or values.get(name):
-            raise PlanError(f"config.json: {name} is {shown(values.get(name, whole.get(name)))}: {why}; its layers cannot be left out")
+            raise PlanError(
+                f"config.json: {name} is {shown(values.get(name, whole.get(name)))}: {why}; its layers cannot be left out"
+            )
     config = dict(values)
     if "layer_types" in whole and whole["layer_types"]:
         config.setdefault("layer_types", whole["layer_types"])
@@ -70,12 +83,16 @@ def _without(values: Mapping[str, Any], whole: Mapping[str, Any], dropped: Seque
             config[name] = len(kept)
         elif name in OF_EACH and isinstance(value, list):
             if len(value) != count:
-                raise PlanError(f"config.json: {name} has {len(value)} values, the model {count} layers; take both from one model")
+                raise PlanError(
+                    f"config.json: {name} has {len(value)} values, the model {count} layers; take both from one model"
+                )
             config[name] = [value[layer] for layer in kept]
         elif name in NUMBERS and isinstance(value, list):
             config[name] = [kept.index(layer) for layer in value if layer in kept]
         elif name in BY_NUMBER and isinstance(value, dict):
-            config[name] = {str(kept.index(int(layer))): said for layer, said in value.items() if int(layer) in kept}
+            config[name] = {
+                str(kept.index(int(layer))): said for layer, said in value.items() if int(layer) in kept
+            }
         elif name in FIRST_OF_A_KIND and type(value) is int:
             config[name] = value - sum(layer < value for layer in dropped)
         elif name in LAST_OF_A_KIND and type(value) is int:
@@ -110,10 +127,24 @@ def check_same_layers(
     blocks = [decoder_blocks(model)[0] for model in (before, after)]
     if len(blocks[1]) != len(kept):
         raise PlanError(f"transformers makes {len(blocks[1])} layers of the smaller config, not {len(kept)}")
-    lists = [_lists(model.config.get_text_config(), len(names)) for model, names in zip((before, after), blocks)]
+    outside = [
+        {
+            name: tuple(value.shape)
+            for name, value in model.state_dict(keep_vars=True).items()
+            if not name.startswith(f"{names[0].rpartition('.')[0]}.")
+        }
+        for model, names in zip((before, after), blocks)
+    ]
+    for name in outside[0].keys() | outside[1].keys():
+        if outside[0].get(name) != outside[1].get(name):
+            raise PlanError(f"{name}: has a share for each layer; layers of this model cannot be left out")
+    lists = [
+        _lists(model.config.get_text_config(), len(names)) for model, names in zip((before, after), blocks)
+    ]
     for new, old in enumerate(kept):
         was, found = (
-            _described(model.get_submodule(names[layer]), layer) | {name: value[layer] for name, value in of_each.items()}
+            _described(model.get_submodule(names[layer]), layer)
+            | {name: value[layer] for name, value in of_each.items()}
             for model, names, layer, of_each in zip((before, after), blocks, (old, new), lists)
         )
         for what in was.keys() | found.keys():
@@ -128,7 +159,11 @@ def check_same_layers(
 def _lists(config: transformers.PretrainedConfig, layers: int) -> dict[str, list]:
     """What a config says of each layer."""
     values = config.to_dict()
-    return {name: values[name] for name in OF_EACH if isinstance(values.get(name), list) and len(values[name]) == layers}
+    return {
+        name: values[name]
+        for name in OF_EACH
+        if isinstance(values.get(name), list) and len(values[name]) == layers
+    }
 
 
 def _described(block: nn.Module, layer: int) -> dict[str, Any]:

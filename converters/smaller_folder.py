@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from llmcompress.converters.calibration import CalibrationOptions
-from llmcompress.converters.families import weight_steps
+from llmcompress.converters.config import Config
+from llmcompress.converters.families import find_architecture, weight_steps
 
 from llmcompress import __version__
 from llmcompress.checkpoint import Checkpoint
@@ -65,7 +66,9 @@ def place_for(out: str | Path, checkpoint: Checkpoint) -> Path:
 def calibration_options(options: StructureOptions, tokens: int) -> CalibrationOptions:
     """What importance is measured on, and how; `tokens` where nothing is asked for."""
     same = ("data", "chunk", "seed", "device", "dtype", "hidden_ram", "batch_tokens")
-    return CalibrationOptions(**{name: getattr(options, name) for name in same}, tokens=options.tokens or tokens)
+    return CalibrationOptions(
+        **{name: getattr(options, name) for name in same}, tokens=options.tokens or tokens
+    )
 
 
 def measured_on(rows: TokenRows | None) -> dict[str, Any] | None:
@@ -78,7 +81,9 @@ def write_smaller(
     notes: tuple[str, ...], tokens: Mapping[str, Any] | None, progress: Progress, started: float,
 ) -> SmallerReport:  # fmt: skip
     """Write the view to `folder`, piece by piece; killed, the same call goes on. Raises LlmcompressError."""
-    weights = tuple(sum(tensor.rows * tensor.columns for tensor in of.index.values()) for of in (smaller.base, smaller))
+    weights = tuple(
+        sum(tensor.rows * tensor.columns for tensor in of.index.values()) for of in (smaller.base, smaller)
+    )
     notes += tuple(_note_on_gguf(smaller))
     report = SmallerReport(folder, options, weights, went, notes, tokens, time.monotonic() - started)
     texts = {
@@ -102,7 +107,9 @@ def write_smaller(
 
 def _note_on_gguf(smaller: SmallerCheckpoint) -> Iterator[str]:
     """What llama.cpp cannot compute of the smaller model, if so."""
+    architecture = find_architecture(Config(smaller.config))
     try:
+        architecture.check_config(architecture.config(smaller.config))
         weight_steps(smaller)
     except PlanError as error:
         yield f"transformers runs this model, a GGUF of it cannot be made: {error}"

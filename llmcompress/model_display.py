@@ -13,8 +13,16 @@ if TYPE_CHECKING:
     from llmcompress.converters.evaluation import EvaluationReport
     from llmcompress.converters.finetuning import TuningReport
     from llmcompress.converters.pruning import PruningReport
+    from llmcompress.converters.smaller_folder import SmallerReport
 
-__all__ = ["live_progress", "show_calibration", "show_evaluation", "show_pruning", "show_tuning"]
+__all__ = [
+    "live_progress",
+    "show_calibration",
+    "show_evaluation",
+    "show_pruning",
+    "show_smaller",
+    "show_tuning",
+]
 
 # Figures in the order they are shown: key, label, and the factor and unit they are shown in.
 FIGURES = (
@@ -54,6 +62,21 @@ def show_pruning(report: PruningReport) -> None:
     )
     print_out(f"left as they are: {', '.join(report.left) or 'none'}")
     print_out("a checkpoint of the same size and speed: no runtime that reads it skips zeros")
+    for note in report.notes:
+        print_out(f"note: {note}")
+
+
+def show_smaller(report: SmallerReport) -> None:
+    """Where the checkpoint is, and how much smaller it is."""
+    before, after = (f"{weights:,}" for weights in report.weights)
+    print_out(f"{report.path}: {after} weights of {before}, {report.share:.2%} gone")
+    for what, value in report.went.items():
+        if isinstance(value, (int, float, str)) or (
+            isinstance(value, list) and all(type(part) is int for part in value)
+        ):
+            print_out(
+                f"{what.replace('_', ' ')}: {value if not isinstance(value, list) else ', '.join(map(str, value))}"
+            )
     for note in report.notes:
         print_out(f"note: {note}")
 

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Optional
 
 import typer
 
+from llmcompress import structure_command
 from llmcompress.errors import RecipeError, nearest
 from llmcompress.model_commands import AsJson, Chunk, Data, Device, HiddenRam, patient_threads
 from llmcompress.reported import reported
@@ -17,10 +18,18 @@ from llmcompress.sizes import parse_count, parse_size
 # The options that only some methods know. A new method brings its name in JOBS, and what it alone understands here.
 ZEROS = ("magnitude", "wanda", "sparsegpt")
 BY_INPUTS = ("wanda", "sparsegpt")
+SMALLER = ("layers", "width", "experts")
 KNOWN_TO: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("sparsity", "pattern", "shares", "keep"), ZEROS),
-    **dict.fromkeys(("data", "tokens", "chunk", "seed", "dtype", "device", "hidden_ram", "batch_tokens", "allocate"), BY_INPUTS),
+    **dict.fromkeys(("data", "tokens", "chunk", "seed", "dtype", "device", "hidden_ram", "batch_tokens"), (*BY_INPUTS, *SMALLER)),
+    "allocate": BY_INPUTS,
     "whole_model": ("magnitude",),
+    "max_ram": ZEROS,
+    "drop": ("layers", "experts"),
+    "layers": ("layers",),
+    "ratio": ("width", "experts"),
+    "parts": ("width",),
+    "by": SMALLER,
 }  # fmt: skip
 
 
@@ -29,7 +38,7 @@ def prune(
     model: Annotated[str, typer.Argument(help="A model directory, or a hub id.")],
     out: Annotated[str, typer.Option("-o", "--output", metavar="DIR", help="The folder to make.")] = "{name}-pruned",
     method: Annotated[
-        str, typer.Option("--method", metavar="METHOD", help="Which weights become zeros: magnitude, wanda, sparsegpt.")
+        str, typer.Option("--method", metavar="METHOD", help="Which weights become zeros: magnitude, wanda, sparsegpt. Or what goes as a whole: layers, width, experts.")
     ] = "wanda",
     sparsity: Annotated[
         Optional[float], typer.Option("--sparsity", metavar="SHARE", help="Of a matrix's weights.  [default: 0.5, or the pattern's]")
@@ -48,8 +57,24 @@ def prune(
     allocate: Annotated[
         str, typer.Option("--allocate", metavar="HOW", help="uniform, or owl: less where a layer has many outliers.")
     ] = "uniform",
+    drop: Annotated[Optional[int], typer.Option("--drop", metavar="N", help="How many layers go, or experts of each layer.")] = None,
+    layers: Annotated[
+        Optional[str], typer.Option("--layers", metavar="NUMBERS", help="The layers that go, such as 20,21 or 20-22; no --drop.")
+    ] = None,
+    ratio: Annotated[
+        Optional[float], typer.Option("--ratio", metavar="SHARE", help="Of the width, or of each layer's experts, that goes.")
+    ] = None,
+    parts: Annotated[
+        Optional[str], typer.Option("--parts", metavar="PARTS", help="ffn, attention.  [default: both]")
+    ] = None,
+    by: Annotated[
+        Optional[str],
+        typer.Option("--by", metavar="MEASURE", help="Layers: kl, influence. Width: reconstruction, norm. Experts: output, use.  [default: the first]"),
+    ] = None,
     data: Data = None,
-    tokens: Annotated[str, typer.Option("--tokens", metavar="N", help="Tokens to calibrate on.")] = "256k",
+    tokens: Annotated[
+        Optional[str], typer.Option("--tokens", metavar="N", help="Tokens to calibrate on.  [default: 256k; for layers 8k]")
+    ] = None,
     chunk: Chunk = 512,
     seed: Annotated[int, typer.Option("--seed", help="Decides which documents are taken, and their order.")] = 0,
     dtype: Annotated[
@@ -69,7 +94,7 @@ def prune(
     threads: Annotated[Optional[int], typer.Option("--threads", metavar="N", help="Workers.")] = None,
     as_json: AsJson = False,
 ) -> None:  # fmt: skip
-    """Take weights away: an ordinary checkpoint with zeros, and prune.json, which says where."""
+    """Take weights away: an ordinary checkpoint, with zeros or smaller, and prune.json, which says what went."""
     given = dict(locals())
     _refuse_strangers(method, given)
     patient_threads()
@@ -108,7 +133,7 @@ def _zeros(given: dict[str, Any]) -> None:
         "threads",
     )
     options = PruningOptions(
-        **{name: given[name] for name in same}, **sizes, tokens=parse_count(given["tokens"], "--tokens"),
+        **{name: given[name] for name in same}, **sizes, tokens=parse_count(given["tokens"] or "256k", "--tokens"),
         shares=read_shares(given["shares"]) if given["shares"] else (), keep=tuple(given["keep"] or ()),
         data=tuple(given["data"] or ("default",)),
     )  # fmt: skip
@@ -124,4 +149,7 @@ def _zeros(given: dict[str, Any]) -> None:
 
 
 SIZES = ("hidden_ram", "split_max_size", "max_ram")
-JOBS: dict[str, Callable[[dict[str, Any]], None]] = dict.fromkeys(ZEROS, _zeros)
+JOBS: dict[str, Callable[[dict[str, Any]], None]] = {
+    **dict.fromkeys(ZEROS, _zeros),
+    **dict.fromkeys(SMALLER, structure_command.make_smaller),
+}

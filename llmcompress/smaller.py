@@ -72,7 +72,9 @@ class SmallerCheckpoint(WrappedCheckpoint):
         return super().read_bytes(name, position, size)
 
     def fingerprint(self) -> str:
-        digest = hashlib.sha256(f"{self.base.fingerprint()} {json.dumps(self.config, sort_keys=True)}".encode())
+        digest = hashlib.sha256(
+            f"{self.base.fingerprint()} {json.dumps(self.config, sort_keys=True)}".encode()
+        )
         for name, of in sorted(self._kept.items()):
             digest.update(repr((name, of.source, [(axis, kept.tolist()) for axis, kept in of.axes])).encode())
         if self._replaced:

@@ -87,6 +87,11 @@ def parse_layers(text: str) -> tuple[int, ...]:
     return tuple(sorted(found))
 
 
+def parse_parts(text: str | None) -> tuple[str, ...]:
+    """`ffn`, `attention` or both, with a comma between; both for None."""
+    return tuple(word.strip() for word in text.split(",")) if text else PARTS
+
+
 def _one_of(flag: str, word: str, known: Sequence[str]) -> None:
     if word not in known:
         raise RecipeError(f"{flag} {word}: is none of {', '.join(known)}{nearest(word, known)}")

@@ -54,7 +54,9 @@ class WrappedCheckpoint(Checkpoint):
         self.base.close()
 
 
-def folder_of_links(base: Checkpoint, config: Mapping[str, Any], without: Iterable[str] = ()) -> tempfile.TemporaryDirectory:
+def folder_of_links(
+    base: Checkpoint, config: Mapping[str, Any], without: Iterable[str] = ()
+) -> tempfile.TemporaryDirectory:
     """A folder that stands in for the base's, with another config.json; of the files beside the weights it has links to all
     but those of the names in `without`. It is gone with the object."""
     made = tempfile.TemporaryDirectory(prefix="llmcompress-")
@@ -62,5 +64,7 @@ def folder_of_links(base: Checkpoint, config: Mapping[str, Any], without: Iterab
     for file in sorted(base.directory.iterdir()):
         if file.is_file() and file.name not in left_out and file not in base.files:
             os.symlink(file.resolve(), folder / file.name)
-    (folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    (folder / "config.json").write_text(
+        json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
     return made

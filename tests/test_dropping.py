@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,14 +12,14 @@ import pytest
 import torch
 import transformers
 from llama_cpp import Model
-from llmcompress.converters.dropping import drop_layers, state_file, without
-from llmcompress.converters.evaluation import EvaluationOptions, evaluate_model
+from llmcompress.converters.calibration import rows_of
+from llmcompress.converters.dropping import drop_layers, state_file
+from llmcompress.converters.smaller_folder import calibration_options
 from test_architectures import assert_same_logits, ids_of, tokenizers  # noqa: F401
 from tiny_families import MORE
 from tiny_models import MODELS, build
 
 import llmcompress
-from llmcompress import structure_options
 from llmcompress.blocks import Lockstep, decoder_blocks
 from llmcompress.checkpoint import Checkpoint
 from llmcompress.errors import PlanError, RecipeError
@@ -54,6 +55,7 @@ def drop(model: Path, out: Path, *dropped: int):
 
 
 REFUSED = {
+    "gemma3n": "has a share for each layer",
     "gemma4": "num_kv_shared_layers is 2: its last layers take keys and values of earlier ones",
     "jamba": "layer 1 would have .* where it has .* config.json of this model cannot say",
 }
@@ -65,7 +67,9 @@ QUICK = ("llama", "qwen3", "gemma3", "gpt2", "mixtral")
     "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in (*MODELS, *MORE)]
 )
 def test_a_model_without_a_layer_is_the_model_that_passes_it_over(
-    name: str, tokenizers: dict[str, Path], tmp_path: Path  # noqa: F811
+    name: str,
+    tokenizers: dict[str, Path],
+    tmp_path: Path,  # noqa: F811
 ) -> None:
     folder = build(name, tmp_path / "tiny", tokenizers, models={**MODELS, **MORE})
     if name in REFUSED:
@@ -83,3 +87,150 @@ def test_a_model_without_a_layer_is_the_model_that_passes_it_over(
     (path,) = llmcompress.quantize(tmp_path / "smaller", tmp_path / "smaller.gguf", type="F32").paths
     with Model(path) as model:
         assert_same_logits(model.logits(ids), wanted, 1e-3)
+
+
+@pytest.fixture(scope="module")
+def sample(root: Path) -> Path:
+    return root / "examples" / "sample-llama-6m"
+
+
+def test_a_run_measures_what_evaluating_each_smaller_model_would(
+    sample: Path, root: Path, tmp_path: Path
+) -> None:
+    """The second round's, which branch off a model that lacks a layer, and are held against the whole one."""
+    text = root / "tests" / "data" / "richard-iii.txt"
+    given = StructureOptions("layers", drop=2, data=(str(text),), tokens=1024, chunk=128, dtype="f32")
+    report = drop_layers(sample, tmp_path / "smaller", given)
+    first, second = report.went["figures"]
+    assert report.went["layers_dropped"] == sorted([first["layer"], second["layer"]])
+    assert second["layer"] == min(second["kl"], key=second["kl"].get)
+    rows = json.loads((tmp_path / "smaller" / "prune.json").read_text())["tokens_seen"]["count"]
+    assert rows == 1024
+    for layer in (0, 5):
+        drop(sample, tmp_path / f"without-{layer}", *sorted([first["layer"], layer]))
+        found = kl_on_rows(tmp_path / f"without-{layer}", sample, given)
+        assert second["kl"][layer] == pytest.approx(found, rel=1e-3)
+
+
+def kl_on_rows(artefact: Path, reference: Path, given: StructureOptions) -> float:
+    """By whole models, on the very rows."""
+    checkpoint = Checkpoint.open(reference)
+    rows = rows_of(checkpoint, calibration_options(given, 0)).rows
+    models, total, count = (load(reference), load(artefact)), 0.0, 0
+    with torch.no_grad():
+        for row in rows:
+            ids = torch.from_numpy(row.astype(np.int64))[None]
+            p, q = (model(ids).logits[0, :-1].double().log_softmax(-1) for model in models)
+            total += (p.exp() * (p - q)).sum().item()
+            count += len(p)
+    return total / count
+
+
+def test_a_killed_search_goes_on(
+    sample: Path, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = StructureOptions(
+        "layers",
+        drop=2,
+        data=(str(root / "tests" / "data" / "richard-iii.txt"),),
+        tokens=512,
+        chunk=128,
+        dtype="f32",
+    )
+    wanted = drop_layers(sample, tmp_path / "undisturbed", given)
+    runs, measure = [], layers.divergences
+
+    def killed_in_the_second(model, batches, candidates, whole, progress):
+        runs.append(len(candidates))
+        if runs == [6, 5]:
+            raise KeyboardInterrupt
+        return measure(model, batches, candidates, whole, progress)
+
+    monkeypatch.setattr(layers, "divergences", killed_in_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        drop_layers(sample, tmp_path / "killed", given)
+    assert state_file(tmp_path / "killed").is_file() and not (tmp_path / "killed").exists()
+    found = drop_layers(sample, tmp_path / "killed", given)
+    assert runs == [6, 5, 0, 5]  # of the whole model no more than its last hidden states
+    assert found.went["layers_dropped"] == wanted.went["layers_dropped"]
+    assert not state_file(tmp_path / "killed").exists()
+    names = ("model.safetensors", "config.json")
+    for name in names:
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "undisturbed" / name).read_bytes()
+
+
+@torch.no_grad()
+def test_influence_is_of_the_plain_models_hidden_states(sample: Path) -> None:
+    model = load(sample)
+    ids = torch.arange(2, 130)[None]
+    hidden = []
+    for block in decoder_blocks(model)[1]:
+        block.register_forward_hook(lambda _, inputs, output: hidden.append((inputs[0], output)))
+    model(ids)
+    wanted = [1 - torch.cosine_similarity(*pair, dim=-1).mean().item() for pair in hidden]
+    lockstep = Lockstep.of(Checkpoint.open(sample), torch.float32, torch.device("cpu"))
+    assert layers.influence(lockstep, [ids, ids], Progress()) == pytest.approx(wanted, rel=1e-4, abs=1e-6)
+
+
+def test_what_config_says_of_each_layer_goes_with_it(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    whole = json.loads((tiny("gemma3") / "config.json").read_text())
+    drop(tiny("gemma3"), tmp_path / "smaller", 1, 3)
+    config = json.loads((tmp_path / "smaller" / "config.json").read_text())
+    assert config["num_hidden_layers"] == 5
+    assert config["layer_types"] == [whole["layer_types"][layer] for layer in (0, 2, 4, 5, 6)]
+    manifest = json.loads((tmp_path / "smaller" / "prune.json").read_text())
+    assert manifest["layers_dropped"] == [1, 3] and manifest["method"] == "layers"
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"layers": (6,)}, "--layers 6: the model has 6 layers, 0 to 5"),
+        ({"layers": tuple(range(6))}, "names all 6 layers, one has to stay"),
+        ({"drop": 6}, "--drop 6: the model has 6 layers, one has to stay"),
+    ],
+)
+def test_layers_that_cannot_go(values: dict, message: str, sample: Path, tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match=message):
+        drop_layers(sample, tmp_path / "smaller", StructureOptions("layers", **values))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_list_of_unknown_meaning_is_refused(sample: Path, tmp_path: Path) -> None:
+    odd = shutil.copytree(sample, tmp_path / "odd")
+    config = json.loads((odd / "config.json").read_text())
+    (odd / "config.json").write_text(json.dumps(config | {"layer_moods": [1, 2, 3, 4, 5, 6]}))
+    with pytest.raises(PlanError, match="layer_moods has 6 values, as many as there are layers"):
+        drop(odd, tmp_path / "smaller", 0)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (
+            {"method": "layer", "drop": 1},
+            "--method layer: is none of layers, width, experts; did you mean 'layers'",
+        ),
+        ({"method": "layers"}, "say how much goes, by --drop or --layers"),
+        ({"method": "layers", "drop": 1, "layers": (1,)}, "say how much goes"),
+        ({"method": "layers", "drop": 1, "by": "luck"}, "--by luck: is none of kl, influence"),
+        ({"method": "width", "ratio": 1.0}, "--ratio 1: is no share"),
+        (
+            {"method": "width", "ratio": 0.5, "parts": ("fnn",)},
+            "--parts fnn: is none of ffn, attention; did you mean 'ffn'",
+        ),
+    ],
+)
+def test_options_that_make_no_sense(values: dict, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        StructureOptions(**values)
+
+
+@pytest.mark.parametrize("text", ["", "1,", "-1", "a", "1,1", "3-2", "1-" + "9" * 30])
+def test_numbers_that_are_none(text: str) -> None:
+    with pytest.raises(RecipeError, match="--layers"):
+        parse_layers(text)
+
+
+def test_numbers_and_ranges() -> None:
+    assert parse_layers("7, 2-4") == (2, 3, 4, 7)

@@ -50,9 +50,15 @@ def divergences(
     tokens, hidden); None where `model` is whole. Returns that, too.
     """
     runs = len(batches)
-    first = {block: runs * (place + 2) for place, block in enumerate(candidates)}  # copies of the whole model come before
+    first = {
+        block: runs * (place + 2) for place, block in enumerate(candidates)
+    }  # copies of the whole model come before
     tokens = sum(batch.numel() for batch in batches)
-    progress.start("divergence", tokens * sum(1 + _behind(candidates, block) for block in range(len(model.blocks))), "tokens x blocks")
+    progress.start(
+        "divergence",
+        tokens * sum(1 + _behind(candidates, block) for block in range(len(model.blocks))),
+        "tokens x blocks",
+    )
     model.start(batches, copies=1 + len(candidates))
     for block in range(len(model.blocks)):
         before = [model.hidden(batch) for batch in range(runs)]
