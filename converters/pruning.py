@@ -11,18 +11,19 @@ import hashlib
 import json
 import time
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-from llmcompress.converters.families import weight_steps
-from llmcompress.converters.linears import has_inputs_first, is_linear
+from llmcompress.converters.matrices import Matrix, matrices_of
+from llmcompress.converters.sparsity_shares import measured_shares
 
 from llmcompress import __version__
-from llmcompress.checkpoint import READABLE, Checkpoint, TensorInfo
+from llmcompress.checkpoint import Checkpoint
 from llmcompress.checkpoint_output import (
     COPY_BYTES,
     SHARD_BYTES,
@@ -34,81 +35,47 @@ from llmcompress.checkpoint_output import (
     copies,
     write_checkpoint,
 )
-from llmcompress.errors import PlanError, RunError
+from llmcompress.errors import PlanError
 from llmcompress.gguf.imatrix import SHRINKAGE_TOKENS
-from llmcompress.grids import GRIDS
-from llmcompress.grids.floats import first_nonfinite, to_float32
+from llmcompress.grids.floats import to_float32
 from llmcompress.machine import cores
 from llmcompress.methods import magnitude, wanda
 from llmcompress.output import filled_path
 from llmcompress.plan import FIXED_RAM
 from llmcompress.progress import Progress
 from llmcompress.pruning_options import PruningOptions
+from llmcompress.pruning_report import MANIFEST, PruningReport, TensorDensity
 from llmcompress.safetensors_files import Entry, lay_out
 from llmcompress.sizes import format_size
+from llmcompress.tensor_info import TensorInfo
 from llmcompress.whole_file import require_free_place
 from llmcompress.wrapped import WrappedCheckpoint
 
 if TYPE_CHECKING:
     from llmcompress.converters.sequential import BlockInputs, SequentialInputs
 
-MANIFEST = "prune.json"
 BYTES_PER_WEIGHT = 16  # of a matrix under way
 # What was done in place of the method.
 FALLBACKS = ("", "magnitude of each row, for too few tokens", "wanda, for H has no Cholesky factor")
 
 
 @dataclass(frozen=True)
-class Matrix:
-    """The weight of one linear: a tensor of the checkpoint, or one of those stacked in it."""
-
-    tensor: TensorInfo
-    number: int  # among the stacked
-    block: int
-    inputs_first: bool  # stored as (inputs, outputs)
-
-    @property
-    def place(self) -> Place:
-        rows, columns = self.tensor.shape[-2:]
-        size = rows * columns * READABLE[self.tensor.dtype].itemsize
-        return Place(self.tensor.name, self.number * size, size)
-
-    def read(self, checkpoint: Checkpoint) -> np.ndarray:
-        """float32 (outputs, inputs). Raises RunError for a NaN or infinity."""
-        rows = self.tensor.shape[-2]
-        raw = checkpoint.read(self.tensor.name, self.number * rows, rows)
-        bad = first_nonfinite(raw, self.tensor.dtype)
-        if bad >= 0:
-            row, column = divmod(bad, raw.shape[1])
-            raise RunError(
-                f"{self.tensor.file}: tensor {self.tensor.name!r} holds a NaN or infinity (row {row}, column {column}); "
-                "the checkpoint is damaged: fetch or train it again"
-            )
-        values = to_float32(raw, self.tensor.dtype)
-        return np.ascontiguousarray(values.T) if self.inputs_first else np.array(values)
-
-    def stored(self, weights: np.ndarray) -> np.ndarray:
-        """uint8 rows as the checkpoint has them, from float32 (outputs, inputs)."""
-        values = np.ascontiguousarray(weights.T) if self.inputs_first else weights
-        return GRIDS[self.tensor.dtype].quantize(values, None, "normal")
-
-
-@dataclass(frozen=True)
 class PruningPlan:
-    """Everything a run needs. `shares`: the sparsity of each tensor that is pruned, by name, its matrices in order in
-    `matrices`. `model`: what runs it, where the method looks at inputs."""
+    """Everything a run needs. `model`: what runs it, where the method looks at inputs. `shares`: of the weights of each
+    of `matrices`, how many go; known when the job runs, for they may be measured."""
 
     checkpoint: PartlyPruned
     options: PruningOptions
     matrices: tuple[Matrix, ...]
-    shares: Mapping[str, float]
     output: CheckpointOutput
     model: SequentialInputs | None
     notes: tuple[str, ...]
+    shares: tuple[float, ...] = ()
 
     @property
     def copied(self) -> dict[str, TensorInfo]:
-        return {name: tensor for name, tensor in self.checkpoint.index.items() if name not in self.shares}
+        pruned = {matrix.tensor.name for matrix in self.matrices}
+        return {name: tensor for name, tensor in self.checkpoint.index.items() if name not in pruned}
 
     @property
     def first_number(self) -> int:
@@ -133,66 +100,6 @@ class PartlyPruned(WrappedCheckpoint):
         return self.base.fingerprint()
 
 
-@dataclass(frozen=True)
-class TensorDensity:
-    """What became of one tensor: of its weights, how many are zeros; how many of its matrices were pruned another way
-    than asked for, and why."""
-
-    name: str
-    shape: tuple[int, ...]
-    asked: float
-    zeros: int
-    weights: int
-    fallbacks: Mapping[str, int]
-
-    @property
-    def density(self) -> float:
-        return 1 - self.zeros / self.weights
-
-
-@dataclass(frozen=True)
-class PruningReport:
-    """A finished pruning. `left`: matrices that stay as they are."""
-
-    path: Path
-    options: PruningOptions
-    tensors: tuple[TensorDensity, ...]
-    left: tuple[str, ...]
-    model_weights: int
-    notes: tuple[str, ...]
-    tokens: Mapping[str, Any] | None
-    statistics: str | None
-    seconds: float
-    resumed: int
-
-    @property
-    def sparsity(self) -> float:
-        """Of the tensors that were pruned."""
-        return sum(tensor.zeros for tensor in self.tensors) / max(
-            1, sum(tensor.weights for tensor in self.tensors)
-        )
-
-    @property
-    def sparsity_of_model(self) -> float:
-        return sum(tensor.zeros for tensor in self.tensors) / self.model_weights
-
-    def as_dict(self) -> dict[str, Any]:
-        """What prune.json holds; `statistics` and `tokens` tell what the inputs were measured on."""
-        return {
-            "version": __version__,
-            **self.options.as_dict(),
-            "sparsity_reached": self.sparsity,
-            "sparsity_of_model": self.sparsity_of_model,
-            "tokens_seen": self.tokens,
-            "statistics": self.statistics,
-            "tensors": {
-                tensor.name: {"density": tensor.density, **asdict(tensor)} for tensor in self.tensors
-            },
-            "left": self.left,
-            "notes": self.notes,
-        }
-
-
 def plan_pruning(model: str | Path, out: str | Path, options: PruningOptions) -> PruningPlan:
     """What pruning will do, from headers alone. `out` is a folder's name, in which {name} stands for the model's.
     Raises LlmcompressError for all that can be refused before a weight is read."""
@@ -215,13 +122,11 @@ def plan_pruning(model: str | Path, out: str | Path, options: PruningOptions) ->
     candidates = [matrix for matrix in found if matrix.block is not None]
     names = list(dict.fromkeys(matrix.tensor.name for matrix in candidates))
     options.require_matches(names)
-    shares = {name: options.share_of(name, options.share) for name in names}
-    shares = {name: share for name, share in shares.items() if share > 0}
-    matrices = tuple(matrix for matrix in candidates if matrix.tensor.name in shares)
+    matrices = tuple(
+        matrix for matrix in candidates if options.share_of(matrix.tensor.name, options.share) > 0
+    )
     if not matrices:
-        raise PlanError(
-            f"{checkpoint.directory}: nothing is left to prune; lower --keep, or raise --sparsity"
-        )
+        raise PlanError(f"{checkpoint.directory}: nothing is left to prune; raise --sparsity, or --keep less")
     _check_groups(matrices, options)
     entries = [[Entry(name, tensor.dtype, tensor.shape)] for name, tensor in checkpoint.index.items()]
     shards = tuple(lay_out(entries, options.split_max_size or SHARD_BYTES))
@@ -240,7 +145,7 @@ def plan_pruning(model: str | Path, out: str | Path, options: PruningOptions) ->
     workers = _workers(matrices, options, live)
     output = CheckpointOutput(folder, shards, digest.hexdigest(), checkpoint.directory, texts, workers)
     check_room(output)
-    return PruningPlan(checkpoint, options, matrices, shares, output, live, tuple(notes))
+    return PruningPlan(checkpoint, options, matrices, output, live, tuple(notes))
 
 
 def run_pruning(plan: PruningPlan, progress: Progress = Progress()) -> PruningReport:
@@ -254,6 +159,7 @@ def run_pruning(plan: PruningPlan, progress: Progress = Progress()) -> PruningRe
         yield MANIFEST, (json.dumps(report[0].as_dict(), indent=1) + "\n").encode()
 
     with plan.checkpoint:
+        plan = replace(plan, shares=measured_shares(plan, progress))
         write_checkpoint(plan.output, copied, total, progress, manifest, then=partial(_stages, plan))
     return report[0]
 
@@ -263,20 +169,6 @@ def prune_model(
 ) -> PruningReport:
     """Prune `model` into the folder `out`. Killed, the same call goes on where it stopped. Raises LlmcompressError."""
     return run_pruning(plan_pruning(model, out, options), progress)
-
-
-def matrices_of(checkpoint: Checkpoint) -> list[Matrix]:
-    """The linears of the decoder blocks; embeddings, output matrix, norms and routers are not among them."""
-    found: dict[tuple[str, int], Matrix] = {}
-    for step in filter(is_linear, weight_steps(checkpoint)):
-        for piece in step.pieces:
-            tensor = piece.tensor
-            first = has_inputs_first(step, tensor)
-            for number in range(tensor.shape[0] if len(tensor.shape) == 3 else 1):
-                found.setdefault(
-                    (tensor.name, number), Matrix(tensor, number, int(step.name.split(".")[1]), first)
-                )
-    return list(found.values())
 
 
 def _model(checkpoint: Checkpoint, options: PruningOptions) -> SequentialInputs:
@@ -291,10 +183,9 @@ def _model(checkpoint: Checkpoint, options: PruningOptions) -> SequentialInputs:
 
 def _check_groups(matrices: Sequence[Matrix], options: PruningOptions) -> None:
     for matrix in matrices if options.group else ():
-        inputs = matrix.tensor.shape[-2 if matrix.inputs_first else -1]
-        if inputs % options.group.group:
+        if matrix.inputs % options.group.group:
             raise PlanError(
-                f"--pattern {options.group}: {matrix.tensor.name} has {inputs} inputs, no multiple of "
+                f"--pattern {options.group}: {matrix.tensor.name} has {matrix.inputs} inputs, no multiple of "
                 f"{options.group.group}; leave it out with --keep, or choose another pattern"
             )
 
@@ -304,7 +195,7 @@ def _workers(matrices: Sequence[Matrix], options: PruningOptions, live: Sequenti
     workers = options.threads or cores()
     if options.max_ram is None:
         return workers
-    largest = BYTES_PER_WEIGHT * max(matrix.tensor.shape[-1] * matrix.tensor.shape[-2] for matrix in matrices)
+    largest = BYTES_PER_WEIGHT * max(matrix.weights for matrix in matrices)
     fixed = FIXED_RAM + (live.ram if live else 0)
     if fixed + largest > options.max_ram:
         raise PlanError(
@@ -316,91 +207,94 @@ def _workers(matrices: Sequence[Matrix], options: PruningOptions, live: Sequenti
 
 def _stages(plan: PruningPlan, files: Files) -> Iterator[Sequence[Work]]:
     """The matrices, block by block where the method looks at inputs."""
-    numbered = list(enumerate(plan.matrices, plan.first_number))
+    every = range(len(plan.matrices))
     if plan.model is None:
-        yield [_work(plan, number, matrix, None) for number, matrix in numbered]
+        yield [_work(plan, at, None) for at in every]
         return
     plan.checkpoint.files_made = files
     plan.model.start()
     for block in range(plan.model.blocks):
-        own = [(number, matrix) for number, matrix in numbered if matrix.block == block]
-        works = [_work(plan, number, matrix, None) for number, matrix in own]
+        own = [at for at in every if plan.matrices[at].block == block]
+        works = [_work(plan, at, None) for at in own]
         if any(files.kept(work) is None for work in works):
             inputs = plan.model.inputs(block)
-            works = [_work(plan, number, matrix, inputs) for number, matrix in own]
+            works = [_work(plan, at, inputs) for at in own]
         yield works
-        plan.checkpoint.rewritten |= {matrix.tensor.name for _, matrix in own}
+        plan.checkpoint.rewritten |= {plan.matrices[at].tensor.name for at in own}
         if block + 1 < plan.model.blocks:
             plan.model.go_on(block)
 
 
-def _work(plan: PruningPlan, number: int, matrix: Matrix, inputs: BlockInputs | None) -> Work:
-    return Work(number, (matrix.place,), partial(_make, plan, matrix, inputs), matrix.place.size)
+def _work(plan: PruningPlan, at: int, inputs: BlockInputs | None) -> Work:
+    place = plan.matrices[at].place
+    return Work(plan.first_number + at, (place,), partial(_make, plan, at, inputs), place.size)
 
 
 def _make(
-    plan: PruningPlan, matrix: Matrix, inputs: BlockInputs | None
+    plan: PruningPlan, at: int, inputs: BlockInputs | None
 ) -> tuple[list[np.ndarray], tuple[float, ...]]:
     """A pruned matrix; and its zeros, which of FALLBACKS it took, and the CRC-32 of what was known of its inputs."""
+    matrix, share, group = plan.matrices[at], plan.shares[at], plan.options.group
     weights = matrix.read(plan.checkpoint.base)
-    share, group = plan.shares[matrix.tensor.name], plan.options.group
     if inputs is None:
         weights[magnitude.mask(weights, share, group)] = 0
         fallback = seen = 0
     else:
-        weights, fallback, seen = _prune(plan, matrix, weights, inputs)
+        weights, fallback, seen = _prune(plan, at, weights, inputs)
     data = matrix.stored(weights)
-    kept = to_float32(data.reshape(-1).view(READABLE[matrix.tensor.dtype]), matrix.tensor.dtype)
-    return [data], (weights.size - int(np.count_nonzero(kept)), fallback, seen)
+    return [data], (
+        weights.size - int(np.count_nonzero(to_float32(data, matrix.tensor.dtype))),
+        fallback,
+        seen,
+    )
 
 
 def _prune(
-    plan: PruningPlan, matrix: Matrix, weights: np.ndarray, inputs: BlockInputs
+    plan: PruningPlan, at: int, weights: np.ndarray, inputs: BlockInputs
 ) -> tuple[np.ndarray, int, int]:
     """By what is known of the inputs: the pruned weights, which of FALLBACKS it took, and a CRC-32 of what was known."""
-    at, fallback = (matrix.tensor.name, matrix.number), 0
-    share, group = plan.shares[matrix.tensor.name], plan.options.group
-    squares = inputs.squares(*at)
-    if inputs.tokens(*at) < SHRINKAGE_TOKENS:
+    matrix, share, group, fallback = plan.matrices[at], plan.shares[at], plan.options.group, 0
+    known = matrix.tensor.name, matrix.number
+    squares = inputs.squares(*known)
+    if inputs.tokens(*known) < SHRINKAGE_TOKENS:
         squares, fallback = np.ones(weights.shape[1], np.float32), 1
     elif plan.options.method == "sparsegpt":
         from llmcompress.methods import sparsegpt
 
-        solver = inputs.solver(*at)
+        solver = inputs.solver(*known)
         if solver.factor is not None:
             return sparsegpt.prune(weights, solver, share, group), 0, zlib.crc32(squares)
         fallback = 2
-    weights[wanda.mask(weights, squares, share, group)] = 0
+    weights[wanda.mask(weights, squares, share, group, plan.options.by_score)] = 0
     return weights, fallback, zlib.crc32(squares)
 
 
 def _report(plan: PruningPlan, files: Files, started: float) -> PruningReport:
-    noted = [
-        files.written.noted[number]
-        for number in range(plan.first_number, plan.first_number + len(plan.matrices))
-    ]
-    tensors = []
-    for name, share in plan.shares.items():
-        own = [found for matrix, found in zip(plan.matrices, noted) if matrix.tensor.name == name]
-        tensor = plan.checkpoint.index[name]
-        fallbacks = {
-            words: sum(found[1] == code for found in own) for code, words in enumerate(FALLBACKS) if code
-        }
-        tensors.append(TensorDensity(
-            name, tensor.shape, share, int(sum(found[0] for found in own)), tensor.rows * tensor.columns,
-            {words: count for words, count in fallbacks.items() if count},
-        ))  # fmt: skip
-    index = plan.checkpoint.index
+    own: dict[str, list[tuple[float, ...]]] = {}
+    for at, (matrix, share) in enumerate(zip(plan.matrices, plan.shares)):
+        noted = files.written.noted[plan.first_number + at]
+        own.setdefault(matrix.tensor.name, []).append((share, *noted))
+    tensors = tuple(_density(plan.checkpoint.index[name], found) for name, found in own.items())
+    weights = sum(tensor.rows * tensor.columns for tensor in plan.checkpoint.index.values())
     left = tuple(name for name, tensor in plan.copied.items() if len(tensor.shape) > 1)
     rows = plan.model.rows if plan.model else None
     tokens = rows and {"sha256": rows.sha256, "count": rows.tokens, "sources": list(rows.sources)}
-    statistics = hashlib.sha256(repr([found[2] for found in noted]).encode()).hexdigest() if rows else None
+    seen = repr({name: [crc for *_, crc in found] for name, found in own.items()})
     notes = (*plan.notes, *(plan.model.complaints if plan.model else ()), *_fallback_notes(tensors))
     return PruningReport(
-        plan.output.folder, plan.options, tuple(tensors), left,
-        sum(tensor.rows * tensor.columns for tensor in index.values()), notes, tokens, statistics,
-        time.monotonic() - started, files.written.kept,
+        plan.output.folder, plan.options, tensors, left, weights, notes, tokens,
+        hashlib.sha256(seen.encode()).hexdigest() if rows else None, time.monotonic() - started, files.written.kept,
     )  # fmt: skip
+
+
+def _density(tensor: TensorInfo, found: Sequence[tuple[float, ...]]) -> TensorDensity:
+    """Of one tensor, from the share, the zeros and the fallback of each of its matrices."""
+    shares, zeros, fallbacks, _ = zip(*found)
+    counts = Counter(FALLBACKS[int(code)] for code in fallbacks if code)
+    asked = sum(shares) / len(shares)
+    return TensorDensity(
+        tensor.name, tensor.shape, asked, int(sum(zeros)), tensor.rows * tensor.columns, dict(counts)
+    )
 
 
 def _fallback_notes(tensors: Sequence[TensorDensity]) -> list[str]:

@@ -30,6 +30,7 @@ KNOWN_TO: dict[str, tuple[str, ...]] = {
     "ratio": ("width", "experts"),
     "parts": ("width",),
     "by": SMALLER,
+    "by_score": ("wanda",),
 }  # fmt: skip
 
 
@@ -48,6 +49,9 @@ def prune(
         typer.Option("--pattern", metavar="N:M", help="Of every M weights in a row N stay, such as 2:4. No runtime here runs it faster: vLLM and llm-compressor have dropped 2:4."),
     ] = None,
     whole_model: Annotated[bool, typer.Option("--global", help="Compare magnitudes across the whole model.")] = False,
+    by_score: Annotated[
+        bool, typer.Option("--by-score", help="Wanda's variant: rows give up the same share of their scores, not of their weights.")
+    ] = False,
     shares: Annotated[
         Optional[str], typer.Option("--shares", metavar="FILE", help="JSON or TOML of sparsities by pattern of a tensor's name; the first match wins.")
     ] = None,

@@ -24,7 +24,8 @@ class PruningOptions:
     """Fields that decide bytes come first, those behind `device` only say how the job is run.
 
     sparsity: share of the weights that go, by default half, or what the pattern says. pattern: N:M, of every M weights in
-    a row N stay. whole_model: magnitudes are compared across all matrices. shares: sparsities by pattern of a tensor's
+    a row N stay. whole_model: magnitudes are compared across all matrices. by_score: Wanda's variant, rows
+    give up the same share of their scores. shares: sparsities by pattern of a tensor's
     name, the first that is found in it wins. keep: patterns of tensors that stay as they are.
     """
 
@@ -32,6 +33,7 @@ class PruningOptions:
     sparsity: float | None = None
     pattern: str | None = None
     whole_model: bool = False
+    by_score: bool = False
     shares: tuple[tuple[str, float], ...] = ()
     keep: tuple[str, ...] = ()
     allocate: str = "uniform"
@@ -66,6 +68,14 @@ class PruningOptions:
         if self.whole_model and self.method != "magnitude":
             raise RecipeError(
                 f"--global: is for --method magnitude; {self.method} compares within a row or a block"
+            )
+        if self.by_score and self.method != "wanda":
+            raise RecipeError(f"--by-score: is for --method wanda, not {self.method}")
+        if self.allocate == "owl" and self.method == "magnitude":
+            raise RecipeError("--allocate owl: looks at inputs; take --method wanda or sparsegpt")
+        if self.whole_model and self.shares:
+            raise RecipeError(
+                "--global and --shares: all weights are compared with each other; leave one out"
             )
         if self.threads is not None and self.threads < 1:
             raise RecipeError(f"--threads {self.threads}: give at least 1")

@@ -45,6 +45,7 @@ LAYERS = [
     {"mix", "filetypes", "inspect"},
     {"methods"},
     {"pruning_options", "structure_options"},
+    {"pruning_report"},
     {"recipe", "step", "arrays", "adapter"},
     {"merged"},
     {"hessians"},

@@ -40,6 +40,11 @@ def parse_pattern(text: str) -> Pattern:
     return Pattern(kept, group)
 
 
+def count_of(size: int, share: float) -> int:
+    """How many of `size` weights are that share, rounded down; 0.29 of 100 are 29, whatever float arithmetic says."""
+    return int(size * share + 1e-6)
+
+
 @compiled()
 def lowest(scores: np.ndarray, count: int, mask: np.ndarray) -> None:
     """Set `mask`, bool (rows, columns), where one of the `count` lowest scores of its row stands; of equal ones, the

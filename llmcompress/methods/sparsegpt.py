@@ -11,7 +11,7 @@ import numpy as np
 
 from llmcompress.grids.compiled import compiled
 from llmcompress.methods.gptq import Solver, product
-from llmcompress.methods.masks import Pattern, choose, lowest
+from llmcompress.methods.masks import Pattern, choose, count_of, lowest
 
 WIDTH = 128  # columns of which the cheapest go, as in the paper
 
@@ -28,7 +28,7 @@ def prune(weights: np.ndarray, solver: Solver, sparsity: float, pattern: Pattern
         gone = np.zeros(part.shape, np.bool_)
         if not pattern:
             scores = np.square(part / factor.diagonal())
-            lowest(scores.reshape(1, -1), int(scores.size * sparsity), gone.reshape(1, -1))
+            lowest(scores.reshape(1, -1), count_of(scores.size, sparsity), gone.reshape(1, -1))
         errors = np.zeros_like(part)
         sweep(part, factor, gone, pattern.kept if pattern else 0, pattern.group if pattern else 0, errors)
         left[:, block] = part
