@@ -263,7 +263,7 @@ def _prune(
 
         solver = inputs.solver(*known)
         if solver.factor is not None:
-            return sparsegpt.prune(weights, solver, share, group), 0, zlib.crc32(squares)
+            return sparsegpt.prune(weights, solver, share, group, plan.options.effort), 0, zlib.crc32(squares)
         fallback = 2
     weights[wanda.mask(weights, squares, share, group, plan.options.by_score)] = 0
     return weights, fallback, zlib.crc32(squares)

@@ -31,6 +31,7 @@ KNOWN_TO: dict[str, tuple[str, ...]] = {
     "parts": ("width",),
     "by": SMALLER,
     "by_score": ("wanda",),
+    "effort": ("sparsegpt",),
 }  # fmt: skip
 
 
@@ -75,6 +76,9 @@ def prune(
         Optional[str],
         typer.Option("--by", metavar="MEASURE", help="Layers: kl, influence. Width: reconstruction, norm. Experts: output, use.  [default: the first]"),
     ] = None,
+    effort: Annotated[
+        str, typer.Option("--effort", metavar="EFFORT", help="Of letting what stays make up for what goes: fast, the paper's sweep; normal or best.")
+    ] = "normal",
     data: Data = None,
     tokens: Annotated[
         Optional[str], typer.Option("--tokens", metavar="N", help="Tokens to calibrate on.  [default: 256k; for layers 8k]")

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from llmcompress.errors import RecipeError, nearest, shown
+from llmcompress.grids.effort import check_effort
 from llmcompress.methods import PRUNING
 
 ALLOCATIONS = ("uniform", "owl")
@@ -37,6 +38,7 @@ class PruningOptions:
     shares: tuple[tuple[str, float], ...] = ()
     keep: tuple[str, ...] = ()
     allocate: str = "uniform"
+    effort: str = "normal"
     data: tuple[str, ...] = ("default",)
     tokens: int = 2**18
     chunk: int = 512
@@ -56,6 +58,7 @@ class PruningOptions:
         ):
             if value not in known:
                 raise RecipeError(f"--{flag} {value}: is none of {', '.join(known)}{nearest(value, known)}")
+        check_effort(self.effort)
         if self.sparsity is not None:
             _share(self.sparsity, "--sparsity")
         for pattern, share in self.shares:
