@@ -127,21 +127,8 @@ def _zeros(given: dict[str, Any]) -> None:
     from llmcompress.pruning_options import PruningOptions, read_shares
 
     sizes = {name: given[name] and parse_size(given[name], f"--{name.replace('_', '-')}") for name in SIZES}
-    same = (
-        "method",
-        "sparsity",
-        "pattern",
-        "whole_model",
-        "allocate",
-        "chunk",
-        "seed",
-        "dtype",
-        "batch_tokens",
-        "device",
-        "threads",
-    )
     options = PruningOptions(
-        **{name: given[name] for name in same}, **sizes, tokens=parse_count(given["tokens"] or "256k", "--tokens"),
+        **{name: given[name] for name in SAME}, **sizes, tokens=parse_count(given["tokens"] or "256k", "--tokens"),
         shares=read_shares(given["shares"]) if given["shares"] else (), keep=tuple(given["keep"] or ()),
         data=tuple(given["data"] or ("default",)),
     )  # fmt: skip
@@ -156,6 +143,8 @@ def _zeros(given: dict[str, Any]) -> None:
         model_display.show_pruning(report)
 
 
+SAME = ("method", "sparsity", "pattern", "whole_model", "by_score", "allocate", "effort", "chunk", "seed", "dtype",
+        "batch_tokens", "device", "threads")  # fmt: skip
 SIZES = ("hidden_ram", "split_max_size", "max_ram")
 JOBS: dict[str, Callable[[dict[str, Any]], None]] = {
     **dict.fromkeys(ZEROS, _zeros),
