@@ -48,6 +48,12 @@ class HeldCheckpoint(Checkpoint):
         else:
             out[...] = held[first : first + len(out)]
 
+    def read_columns(self, name: str, columns: range, top: int, height: int) -> np.ndarray:
+        held = self._held.get(name)
+        if held is None:
+            return super().read_columns(name, columns, top, height)
+        return np.ascontiguousarray(held[top : top + height, columns.start : columns.stop : columns.step].T)
+
     def let_go(self, names: set[str]) -> None:
         for name in names:
             self._held.pop(name, None)

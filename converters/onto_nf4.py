@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import threading
-from dataclasses import replace
 
 import numpy as np
 from llmcompress.converters.config import Config
@@ -52,8 +51,7 @@ class RoundedCheckpoint(WrappedCheckpoint):
                 )
         self.rewritten = {linear.step.pieces[0].tensor.name for linear in linears}
         for name in self.rewritten:
-            tensor = self.index[name]
-            self.index[name] = replace(tensor, dtype="F32", nbytes=4 * tensor.rows * tensor.columns)
+            self.index[name] = self.index[name].rewritten(name, "F32")
         self._scales = functools.lru_cache(HELD)(self._read_scales)
         self._reading = threading.Lock()
 

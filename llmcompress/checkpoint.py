@@ -10,6 +10,8 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ __all__ = ["Checkpoint", "TensorInfo", "read_index"]
 # What `read` returns for each dtype. numpy has no bfloat16: its bits are handed out as they are.
 READABLE = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
 
+_CHUNK = 2**20  # bytes of a tensor read at a time where its columns become rows
 _LAYOUTS = (
     "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json",
 )  # fmt: skip
@@ -89,6 +92,23 @@ class Checkpoint:
                 self._read_decoded(tensor, first, out)
         else:
             self._fill(tensor, first * tensor.columns * out.itemsize, out)
+
+    def read_columns(self, name: str, columns: range, top: int, height: int) -> np.ndarray:
+        """Columns of the `height` rows from `top` on, as rows `(columns, height)` of the tensor's dtype. Of stacked
+        matrices, all rows of one."""
+        tensor = self.readable(name)
+        if not isinstance(tensor, DecodedTensor) or not tensor.transposed:
+            return turned(partial(self.read, name), tensor, columns, top, height)
+        out = np.empty((columns[-1] + 1 - columns[0], height), READABLE[tensor.dtype])
+        self._decode_rows(
+            tensor, top // height * tensor.columns + columns[0], out
+        )  # stored as they are wanted
+        return np.ascontiguousarray(out[:: columns.step])
+
+    def read_packed(self, name: str, first: int, rows: int) -> np.ndarray:
+        """Rows of a tensor that has a `packed` format, as they are stored, in it: uint8 (rows, row_bytes)."""
+        tensor = self.index[name]
+        return tensor.pack(self.read_stored, first, rows)
 
     def read_stored(
         self, tensor: TensorInfo, first: int = 0, rows: int | None = None, columns: slice | None = None
@@ -183,10 +203,7 @@ class Checkpoint:
         from llmcompress.sources.codes import decode_into  # Numba, which plain weights do without
 
         if not tensor.transposed:
-            height = max(1, tensor.at_once // tensor.columns)
-            for top in range(0, len(out), height):
-                part = out[top : top + height]
-                decode_into(tensor, self.read_stored, first + top, part)
+            self._decode_rows(tensor, first, out)
             return
         inputs, outputs = tensor.shape[-2:]
         height, done = max(1, tensor.at_once // inputs), 0
@@ -198,6 +215,14 @@ class Checkpoint:
                 decode_into(tensor, self.read_stored, matrix * outputs + top, part)
                 out[done : done + rows, top : top + len(part)] = part[:, row : row + rows].T
             done += rows
+
+    def _decode_rows(self, tensor: DecodedTensor, first: int, out: np.ndarray) -> None:
+        """Rows of a weight as they are stored, before they are turned round where they are."""
+        from llmcompress.sources.codes import decode_into  # Numba, which plain weights do without
+
+        height = max(1, tensor.at_once // out.shape[1])
+        for top in range(0, len(out), height):
+            decode_into(tensor, self.read_stored, first + top, out[top : top + height])
 
     def _fill(self, tensor: TensorInfo, position: int, out: np.ndarray, step: int = 0) -> None:
         """Fill contiguous `out` with a tensor's bytes from `position` on; with `step`, each row from that many bytes
@@ -228,6 +253,19 @@ class Checkpoint:
                     raise CheckpointError(f"{file}: changed since its header was read; start again")
                 self._descriptors[file] = descriptor
             return self._descriptors[file]
+
+
+def turned(
+    read: Callable[[int, int], np.ndarray], tensor: TensorInfo, columns: range, top: int, height: int
+) -> np.ndarray:
+    """Columns of what `read` gives, as rows `(columns, height)`, without holding all of it."""
+    out = np.empty((len(columns), height), READABLE[tensor.dtype])
+    at_once = max(1, _CHUNK // (tensor.columns * out.itemsize))
+    for first in range(0, height, at_once):
+        rows = min(at_once, height - first)
+        part = read(top + first, rows)
+        out[:, first : first + rows] = part[:, columns.start : columns.stop : columns.step].T
+    return out
 
 
 def read_index(file: Path) -> dict[str, TensorInfo]:

@@ -184,10 +184,7 @@ class MergedCheckpoint(WrappedCheckpoint):
                 self._sources[name] = embedding_name(adapter, base.index)
             was = change.source or base.readable(self._sources.get(name, name))
             plain = change == Change(source=change.source)
-            self.index[name] = replace(
-                was, name=name, dtype=was.dtype if plain else "F32",
-                nbytes=was.nbytes if plain else 4 * was.rows * was.columns,
-            )  # fmt: skip
+            self.index[name] = was.rewritten(name, was.dtype if plain else "F32")
         self._untie()
         self._resize()
         self.rewritten = self._changes.keys() | self._sources.keys()
@@ -308,7 +305,7 @@ class MergedCheckpoint(WrappedCheckpoint):
             return
         if HEAD not in self.index:
             self._sources[HEAD] = name
-            self.index[HEAD] = replace(self.base.index[name], name=HEAD)
+            self.index[HEAD] = self.base.index[name].rewritten(HEAD, self.base.index[name].dtype)
         self.config["tie_word_embeddings"] = False
 
     def _stay_tied(self, was: TensorInfo, embedding: Change | None, head: Change | None) -> bool:

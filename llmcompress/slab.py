@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from llmcompress.checkpoint import READABLE, Checkpoint
+from llmcompress.checkpoint import Checkpoint
 from llmcompress.errors import RunError
 from llmcompress.grids.floats import count_saturated, first_nonfinite, to_float32
 from llmcompress.grids.grid import Grid
@@ -19,18 +19,22 @@ if TYPE_CHECKING:
     from llmcompress.methods.gptq import Solver
 
 LARGEST = {"F16": 65504.0, "BF16": 3.3895314e38}
-_CHUNK = 2**20  # bytes of a source read at a time where its columns become rows
 
 
 @dataclass(frozen=True)
 class Weights:
-    """Weights of a slab, before any rounding: `raw` in the checkpoint's dtype, `(rows, columns)`. `packed` reads them
-    as the source's own bytes where it has them in a number format, which the step names."""
+    """Weights of a slab, before any rounding, read when they are asked for: `raw` in the checkpoint's dtype, `(rows,
+    columns)`, checked. `packed` reads them as the source's own bytes where it has them in a number format, which the
+    step names."""
 
     step: Step
-    raw: np.ndarray
+    read: Callable[[], np.ndarray]
     dtype: str
     packed: Callable[[], np.ndarray] | None = None
+
+    @cached_property
+    def raw(self) -> np.ndarray:
+        return self.read()
 
     @cached_property
     def float32(self) -> np.ndarray:
@@ -64,14 +68,19 @@ class Weights:
 
 
 def read_slab(checkpoint: Checkpoint, step: Step, slab: Slab) -> Weights:
-    """Read a slab's weights and check them. Raises RunError naming the first NaN or infinity."""
+    """A slab's weights. What reads them raises RunError naming the first NaN or infinity."""
     if step.computed is not None:
-        return Weights(
-            step, step.computed.reshape(step.rows, step.columns)[slab.first : slab.first + slab.rows], "F32"
-        )
+        rows = step.computed.reshape(step.rows, step.columns)[slab.first : slab.first + slab.rows]
+        return Weights(step, lambda: rows, "F32")
     piece, first = _piece_at(step, slab)
+    packed = partial(_read_packed, checkpoint, piece, first, slab.rows) if step.packed else None
+    return Weights(step, partial(_read, checkpoint, step, slab, piece, first), step.dtype, packed)
+
+
+def _read(checkpoint: Checkpoint, step: Step, slab: Slab, piece: Piece, first: int) -> np.ndarray:
     if step.operation.transposed:
-        raw = _read_transposed(checkpoint, piece, first, slab.rows, step.columns)
+        columns = range(first, first + (slab.rows - 1) * piece.stride + 1, piece.stride)
+        raw = checkpoint.read_columns(piece.tensor.name, columns, piece.top, step.columns)
     else:
         raw = _read_rows(checkpoint, piece, first, slab.rows)
     bad = first_nonfinite(raw, step.dtype)
@@ -83,10 +92,15 @@ def read_slab(checkpoint: Checkpoint, step: Step, slab: Slab) -> Weights:
             f"{piece.tensor.file}: tensor {piece.tensor.name!r} holds a NaN or infinity (row {row}, column {column}); "
             "the checkpoint is damaged: fetch or train it again"
         )
-    if step.operation.arrange:
-        raw = step.operation.arrange(raw)
-    packed = partial(checkpoint.read_packed, piece.tensor.name, first, slab.rows) if step.packed else None
-    return Weights(step, raw, step.dtype, packed)
+    return step.operation.arrange(raw) if step.operation.arrange else raw
+
+
+def _read_packed(checkpoint: Checkpoint, piece: Piece, first: int, rows: int) -> np.ndarray:
+    """The same rows as the source has them; of matrices that are stored turned round, as they are stored."""
+    if piece.top:
+        first += piece.top // piece.tensor.shape[-2] * piece.tensor.columns
+    read = checkpoint.read_packed(piece.tensor.name, first, (rows - 1) * piece.stride + 1)
+    return np.ascontiguousarray(read[:: piece.stride])
 
 
 def _piece_at(step: Step, slab: Slab) -> tuple[Piece, int]:
@@ -104,15 +118,3 @@ def _read_rows(checkpoint: Checkpoint, piece: Piece, first: int, rows: int) -> n
         return checkpoint.read(piece.tensor.name, first, rows)
     read = checkpoint.read(piece.tensor.name, first, (rows - 1) * piece.stride + 1)
     return np.ascontiguousarray(read[:: piece.stride])
-
-
-def _read_transposed(checkpoint: Checkpoint, piece: Piece, first: int, rows: int, length: int) -> np.ndarray:
-    """Columns `first` to `first + rows` of `length` rows of the source as rows, read through without holding all of it."""
-    source = piece.tensor
-    chosen = slice(first, first + (rows - 1) * piece.stride + 1, piece.stride)
-    out = np.empty((rows, length), READABLE[source.dtype])
-    height = max(1, _CHUNK // (source.columns * out.itemsize))
-    for top in range(0, length, height):
-        chunk = checkpoint.read(source.name, piece.top + top, min(height, length - top))
-        out[:, top : top + len(chunk)] = chunk[:, chosen].T
-    return out

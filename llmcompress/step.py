@@ -11,6 +11,8 @@ import numpy as np
 from llmcompress.mix import NEVER_QUANTIZED, NEVER_QUANTIZED_NAMES
 from llmcompress.tensor_info import TensorInfo
 
+WIDER = 4  # times as large a slab where a whole matrix is read for each
+
 
 @dataclass(frozen=True)
 class Operation:
@@ -74,8 +76,17 @@ class Step:
     @property
     def packed(self) -> str | None:
         """The number format whose very bytes the source has, row by row, where it has one."""
-        kept = self.pieces and not self.operation.compute and not self.operation.arrange
-        return getattr(self.pieces[0].tensor, "packed", None) if kept else None
+        if not self.pieces or self.operation.compute or self.operation.arrange:
+            return None
+        tensor = self.pieces[0].tensor
+        as_stored = self.operation.transposed == getattr(tensor, "transposed", False)
+        return getattr(tensor, "packed", None) if as_stored else None
+
+    @property
+    def reads_columns(self) -> bool:
+        """Whether its rows are columns in the file, so that all of a matrix is read for each slab."""
+        turned = self.operation.transposed and self.pieces
+        return bool(turned) and not getattr(self.pieces[0].tensor, "transposed", False)
 
     def source_bytes(self, rows: int) -> int:
         """Bytes of `rows` rows in the checkpoint."""
@@ -115,5 +126,5 @@ def slabs_of(index: int, step: Step, slab_weights: int) -> Iterator[Slab]:
 
 
 def slab_rows(step: Step, slab_weights: int) -> int:
-    rows = max(1, slab_weights // step.columns)
+    rows = max(1, slab_weights * (WIDER if step.reads_columns else 1) // step.columns)
     return max(rows // step.operation.group, 1) * step.operation.group

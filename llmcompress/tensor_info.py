@@ -39,6 +39,11 @@ class TensorInfo:
         """Elements in a row: the last dimension; 1 for a scalar."""
         return self.shape[-1] if self.shape else 1
 
+    def rewritten(self, name: str, dtype: str) -> TensorInfo:
+        """What stands in its place with other values: of the same shape, in no format."""
+        nbytes = self.rows * self.columns * DTYPE_BITS[dtype] // 8
+        return TensorInfo(name, self.shape, dtype, self.file, self.offset, nbytes)
+
 
 def is_size(value: object) -> bool:
     """Whether `value`, read from a file, may be a count or an offset: an int from 0 to 2**63 - 1."""

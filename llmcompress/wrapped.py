@@ -6,10 +6,13 @@ import json
 import os
 import tempfile
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from llmcompress.checkpoint import Checkpoint
+import numpy as np
+
+from llmcompress.checkpoint import Checkpoint, turned
 
 
 class WrappedCheckpoint(Checkpoint):
@@ -30,6 +33,16 @@ class WrappedCheckpoint(Checkpoint):
 
     def read_into(self, name, first, out):  # as Checkpoint's
         self.base.read_into(name, first, out)
+
+    def read_columns(self, name: str, columns: range, top: int, height: int) -> np.ndarray:
+        if name not in self.rewritten:
+            return self.base.read_columns(name, columns, top, height)
+        return turned(partial(self.read, name), self.index[name], columns, top, height)
+
+    def read_packed(self, name: str, first: int, rows: int) -> np.ndarray:
+        if name in self.rewritten:
+            raise ValueError(f"{name}: is rewritten, so that it has no bytes of its own")
+        return self.base.read_packed(name, first, rows)
 
     def read_bytes(self, name: str, position: int, size: int) -> bytes:
         if name not in self.rewritten:

@@ -21,8 +21,9 @@ import numpy as np
 from llmcompress.errors import CheckpointError
 from llmcompress.grids.words import CODES
 from llmcompress.sources.blocked import Blocked, block_of, bytes_of, len_of, matrix, powers, scale_rows
-from llmcompress.sources.codes import E2M1, scaled, unpack
+from llmcompress.sources.codes import scaled, unpack
 from llmcompress.sources.fp8 import drop_activations
+from llmcompress.sources.mxfp4 import MXFP4
 from llmcompress.sources.nvfp4 import four_bits
 from llmcompress.sources.stored import FLOATS, DecodedTensor, Read, Stored, wrong
 from llmcompress.tensor_info import TensorInfo, is_shape
@@ -138,12 +139,9 @@ def _mxfp4(stored: Stored, name: str, packed: TensorInfo) -> DecodedTensor:
     scales = stored.need(
         f"{name}_scale", ("U8", "F8_E8M0"), (*packed.shape[:-1], packed.columns * 2 // MX_GROUP)
     )
-    rows, columns = len_of(packed.shape), packed.columns * 2
-    of_rows = scale_rows(matrix(scales, rows, scales.columns), 1, powers)
-    layout = Blocked(matrix(packed, rows, packed.columns), 4, columns, MX_GROUP, of_rows, E2M1)
-    return stored.weight(
-        name, (*packed.shape[:-1], columns), "BF16", (packed, scales), "MXFP4", layout.decode
-    )
+    rows, shape = len_of(packed.shape), (*packed.shape[:-1], packed.columns * 2)
+    layout = MXFP4(matrix(packed, rows, packed.columns), matrix(scales, rows, scales.columns))
+    return layout.weight(stored, name, shape, (packed, scales))
 
 
 def _whole_bytes(stored: Stored, name: str, codes: TensorInfo, scales: TensorInfo) -> DecodedTensor:

@@ -10,11 +10,14 @@ OCP Microscaling Formats v1.0.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
+
+import numpy as np
 
 from llmcompress.sources.blocked import Blocked, matrix, powers, scale_rows
 from llmcompress.sources.codes import E2M1
-from llmcompress.sources.stored import DecodedTensor, Stored, wrong
+from llmcompress.sources.stored import DecodedTensor, Read, Stored, wrong
+from llmcompress.tensor_info import TensorInfo
 
 GROUP = 32
 
@@ -29,10 +32,35 @@ def weights(stored: Stored) -> Iterator[DecodedTensor]:
             )
         experts, outputs, groups, half = blocks.shape
         scales = stored.need(f"{name}_scales", "U8", (experts, outputs, groups))
-        rows, columns = experts * outputs, groups * GROUP
-        layout = Blocked(
-            matrix(blocks, rows, groups * half), 4, columns, GROUP, scale_rows(matrix(scales, rows, groups), 1, powers), E2M1
-        )  # fmt: skip
-        shape = (experts, columns, outputs)
-        found = stored.weight(name, shape, "BF16", (blocks, scales), "MXFP4", layout.decode)
+        rows = experts * outputs
+        layout = MXFP4(matrix(blocks, rows, groups * half), matrix(scales, rows, groups))
+        found = layout.weight(stored, name, (experts, groups * GROUP, outputs), (blocks, scales))
         yield replace(found, transposed=True)
+
+
+@dataclass(frozen=True)
+class MXFP4:
+    """Blocks (rows, groups * 16) and scales (rows, groups), both in bytes."""
+
+    blocks: TensorInfo
+    scales: TensorInfo
+
+    def weight(
+        self, stored: Stored, name: str, shape: tuple[int, ...], parts: tuple[TensorInfo, ...]
+    ) -> DecodedTensor:
+        codes = Blocked(
+            self.blocks, 4, 2 * self.blocks.columns, GROUP, scale_rows(self.scales, 1, powers), E2M1
+        )
+        found = stored.weight(name, shape, "BF16", parts, "MXFP4", codes.decode)
+        return replace(found, packed="MXFP4", pack=self.packed)
+
+    def packed(self, read: Read, first: int, rows: int) -> np.ndarray:
+        """uint8 (rows, row_bytes) of GGUF's MXFP4: a block is its scale and 16 bytes, in the low bits the first 16
+        codes, in the high bits the last."""
+        pairs = read(self.blocks, first, rows).reshape(rows, -1, GROUP // 2)
+        scales = read(self.scales, first, rows).view(np.uint8)
+        if (scales == 255).any():
+            raise wrong(self.scales, "has a scale that is no number")
+        codes = np.stack([pairs & 15, pairs >> 4], -1).reshape(rows, -1, GROUP)
+        turned = codes[..., : GROUP // 2] | codes[..., GROUP // 2 :] << 4
+        return np.concatenate([scales[..., None], turned], -1).reshape(rows, -1)

@@ -41,7 +41,7 @@ class DecodedTensor(TensorInfo):
 
     `shape`, `dtype` and `nbytes` are the decoded weight's, `file` and `offset` the first part's. `transposed`:
     the shape is (inputs, outputs), as some classes keep their linears, and what decodes is the other way round.
-    `strided`: a row is stored as a column.
+    `strided`: a row is stored as a column. `packed`: its rows, as they are stored, are some of GGUF's, in another order.
     """
 
     parts: tuple[TensorInfo, ...]
@@ -49,6 +49,8 @@ class DecodedTensor(TensorInfo):
     decode: Decode = field(compare=False, repr=False)
     transposed: bool = False
     strided: bool = False
+    packed: str | None = None  # the number format of GGUF that the codes can be kept in
+    pack: Decode | None = field(default=None, compare=False, repr=False)  # to uint8 (rows, row_bytes) of it
 
     @property
     def at_once(self) -> int:
