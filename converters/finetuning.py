@@ -126,6 +126,18 @@ def finetune_model(
     return report
 
 
+def examples_of(
+    checkpoint: Checkpoint, sources: Sequence[str], options: TuningOptions
+) -> tuple[TuningData, int]:
+    """The examples of `sources` for a model, and the most tokens that one has. Raises LlmcompressError."""
+    positions = getattr(_text_config(checkpoint.directory), "max_position_embeddings", None)
+    length = options.max_length or min(LONGEST, positions or LONGEST)
+    if positions and length > positions:
+        raise LlmcompressError(f"--max-length {length}: the model has {positions} positions")
+    reader = ExampleReader(read_tokenizer(checkpoint.directory), length, options.loss, options.plain)
+    return tuning_data(reader, sources, options.validation, options.seed), length
+
+
 class _Run:
     """A fine-tuning from its data to its adapter."""
 
@@ -143,16 +155,9 @@ class _Run:
         self.device, self.state = _device(options.device)
         self.bf16 = options.dtype == "bf16" or (options.dtype == "auto" and fast_bfloat16(self.device.type))
         self.dtype = torch.bfloat16 if self.bf16 else torch.float32
-        tokenizer = read_tokenizer(checkpoint.directory)
-        config = _text_config(checkpoint.directory)
-        self.hidden = config.hidden_size
-        positions = getattr(config, "max_position_embeddings", None)
-        self.length = options.max_length or min(LONGEST, positions or LONGEST)
-        if positions and self.length > positions:
-            raise LlmcompressError(f"--max-length {self.length}: the model has {positions} positions")
-        reader = ExampleReader(tokenizer, self.length, options.loss, options.plain)
-        self.data = tuning_data(reader, sources, options.validation, options.seed)
-        self.teachers = open_teachers(options, tokenizer)
+        self.hidden = _text_config(checkpoint.directory).hidden_size
+        self.data, self.length = examples_of(checkpoint, sources, options)
+        self.teachers = open_teachers(options, checkpoint)
         self.notes = list(self.data.notes)
         if not self.data.validation:
             self.notes.append("no examples are held out: the weights are the last ones, not the best")

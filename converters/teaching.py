@@ -17,13 +17,13 @@ from llmcompress.text_sources import weighed_sources
 from llmcompress.tuning_options import TuningOptions
 
 
-def open_teachers(options: TuningOptions, tokenizer: Any) -> list[tuple[Checkpoint, float]]:
+def open_teachers(options: TuningOptions, student: Checkpoint) -> list[tuple[Checkpoint, float]]:
     """The checkpoints of `options` and their weights. Raises LlmcompressError where one is of other tokens than the
-    student's `tokenizer`: probabilities of other tokens teach nothing."""
+    `student`: probabilities of other tokens teach nothing."""
     if not options.teachers:
         return []
     found = []
-    own = tokenizer.get_vocab()
+    own = read_tokenizer(student.directory).get_vocab()
     for name, weight in weighed_sources(options.teachers, share=False).items():
         checkpoint = Checkpoint.open(name)
         theirs = read_tokenizer(checkpoint.directory).get_vocab()

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from llmcompress.converters.calibration import CalibrationReport
     from llmcompress.converters.evaluation import EvaluationReport
     from llmcompress.converters.finetuning import TuningReport
+    from llmcompress.converters.gradual import GradualReport
     from llmcompress.converters.pruning import PruningReport
     from llmcompress.converters.smaller_folder import SmallerReport
 
@@ -19,6 +20,7 @@ __all__ = [
     "live_progress",
     "show_calibration",
     "show_evaluation",
+    "show_gradual",
     "show_pruning",
     "show_smaller",
     "show_tuning",
@@ -81,12 +83,31 @@ def show_smaller(report: SmallerReport) -> None:
         print_out(f"note: {note}")
 
 
+def show_gradual(report: GradualReport) -> None:
+    """Every state on the way with its held-out loss, and which of them is the result."""
+    table = _table("", "sparsity", "rounds healed", "perplexity", "loss, nats", "±", "KL")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    table.add_row("unpruned", "0", "", f"{report.reference:.4f}", "0", "", "0")
+    for state in report.states:
+        table.add_row(
+            f"{state.folder}{' *' if state == report.kept else ''}", f"{state.sparsity:g}", str(state.healed),
+            f"{state.perplexity:.4f}", f"{state.loss:.4f}", f"{state.loss_error:.4f}", f"{state.mean_kl:.4f}",
+        )  # fmt: skip
+    print_out(table)
+    allowed = "" if report.max_loss is None else f", {report.max_loss:g} nats allowed"
+    print_out(f"{report.path}: sparsity {report.kept.sparsity:g}, the state with the star{allowed}")
+    print_out("losses are those of held-out examples; a checkpoint of the same size and speed: no runtime skips zeros")
+    for note in report.notes:
+        print_out(f"note: {note}")
+
+
 def show_tuning(report: TuningReport) -> None:
     """Where the adapter is, what it learned on, and its held-out loss beside the untuned model's."""
     counts = report.data.counts()
+    rank = "" if report.options.method == "full" else f" of rank {report.options.rank}"
     print_out(
-        f"{report.path}: {report.options.method} of rank {report.options.rank}, {report.trainable:,} weights on "
-        f"{report.model} in {report.load}"
+        f"{report.path}: {report.options.method}{rank}, {report.trainable:,} weights on {report.model} in {report.load}"
     )
     print_out(
         f"{counts['train_examples']} examples of {counts['train_tokens']} tokens, "

@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Callable
-from typing import Annotated, Any, Optional
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
@@ -14,6 +15,10 @@ from llmcompress.errors import RecipeError, nearest
 from llmcompress.model_commands import AsJson, Chunk, Data, Device, HiddenRam, patient_threads
 from llmcompress.reported import reported
 from llmcompress.sizes import parse_count, parse_size
+
+if TYPE_CHECKING:
+    from llmcompress.progress import Progress
+    from llmcompress.pruning_options import PruningOptions
 
 # The options that only some methods know. A new method brings its name in JOBS, and what it alone understands here.
 ZEROS = ("magnitude", "wanda", "sparsegpt")
@@ -32,6 +37,7 @@ KNOWN_TO: dict[str, tuple[str, ...]] = {
     "by": SMALLER,
     "by_score": ("wanda",),
     "effort": ("sparsegpt",),
+    **dict.fromkeys(("heal", "schedule", "max_loss", "patience", "heal_method", "heal_steps", "heal_lr"), ZEROS),
 }  # fmt: skip
 
 
@@ -93,6 +99,23 @@ def prune(
     batch_tokens: Annotated[
         Optional[int], typer.Option("--batch-tokens", metavar="N", min=1, help="Tokens run at once.  [default: by the model's width]")
     ] = None,
+    heal: Annotated[
+        Optional[list[str]],
+        typer.Option("--heal", metavar="FILE", help="Then train on it, zeros held, to predict what the unpruned model does; as finetune's --data."),
+    ] = None,
+    schedule: Annotated[
+        Optional[str], typer.Option("--schedule", metavar="A,B,...", help="With --heal: rising sparsities, each healed and measured.")
+    ] = None,
+    max_loss: Annotated[
+        Optional[float],
+        typer.Option("--max-loss", metavar="X", help="Nats for each held-out token that may be lost; a step that loses more is given up."),
+    ] = None,
+    patience: Annotated[int, typer.Option("--patience", metavar="N", help="Rounds of healing before it is.")] = 1,
+    heal_method: Annotated[str, typer.Option("--heal-method", metavar="METHOD", help="full, lora or rslora.")] = "full",
+    heal_steps: Annotated[
+        Optional[int], typer.Option("--heal-steps", metavar="N", help="Of a round.  [default: by the number of examples]")
+    ] = None,
+    heal_lr: Annotated[Optional[float], typer.Option("--heal-lr", metavar="X", help="Learning rate.  [default: by the model's width]")] = None,
     split_max_size: Annotated[
         Optional[str], typer.Option("--split-max-size", metavar="SIZE", help="Of a file.  [default: 5GB]")
     ] = None,
@@ -132,15 +155,58 @@ def _zeros(given: dict[str, Any]) -> None:
         shares=read_shares(given["shares"]) if given["shares"] else (), keep=tuple(given["keep"] or ()),
         data=tuple(given["data"] or ("default",)),
     )  # fmt: skip
+    healed = _healed_steps(given, options)
     progress = model_display.live_progress()
     try:
-        report = prune_model(given["model"], given["out"], options, progress)
+        if healed:
+            report, show = _gradual(given, healed, progress), model_display.show_gradual
+        else:
+            report, show = prune_model(given["model"], given["out"], options, progress), model_display.show_pruning
     finally:
         progress.close()
     if given["as_json"]:
         typer.echo(json.dumps(report.as_dict(), indent=1))
     else:
-        model_display.show_pruning(report)
+        show(report)
+
+
+def _healed_steps(given: dict[str, Any], options: PruningOptions) -> list[PruningOptions]:
+    """The steps of a pruning that is healed; none where it is not. Raises RecipeError for what needs --heal."""
+    if not given["heal"]:
+        parameters = inspect.signature(prune).parameters
+        for name in ("schedule", "max_loss", "patience", "heal_method", "heal_steps", "heal_lr"):
+            if given[name] != parameters[name].default:
+                raise RecipeError(f"--{name.replace('_', '-')}: is for healing; give --heal, data to train on")
+        return []
+    if given["schedule"] is None:
+        return [options]
+    if given["sparsity"] is not None or given["pattern"]:
+        raise RecipeError("--schedule: has the sparsities; leave --sparsity and --pattern out")
+    try:
+        return [replace(options, sparsity=float(share)) for share in given["schedule"].split(",")]
+    except ValueError:
+        raise RecipeError(f"--schedule {given['schedule']}: write it as 0.2,0.35,0.5") from None
+
+
+def _gradual(given: dict[str, Any], steps: list[PruningOptions], progress: Progress) -> Any:
+    import logging
+
+    from transformers.utils.logging import disable_progress_bar
+
+    from llmcompress.checkpoint import Checkpoint
+    from llmcompress.converters.gradual import healing_options, prune_gradually
+
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft imports it, and it asks for kernels
+    disable_progress_bar()
+    with Checkpoint.open(given["model"]) as checkpoint:
+        out = given["out"].replace("{name}", checkpoint.name)
+        healing = healing_options(
+            checkpoint, method=given["heal_method"], steps=given["heal_steps"], learning_rate=given["heal_lr"],
+            seed=given["seed"], device=given["device"],
+        )  # fmt: skip
+    return prune_gradually(
+        given["model"], out, steps, given["heal"], healing, given["max_loss"], given["patience"], progress
+    )
 
 
 SAME = ("method", "sparsity", "pattern", "whole_model", "by_score", "allocate", "effort", "chunk", "seed", "dtype",
