@@ -1,8 +1,8 @@
 """Pruning in steps, each healed and measured, as far as the loss that the user allows; and in one step, with healing.
 
 A step prunes the last good model further, measures it, and heals it with its zeros held, a round at a time, learning
-from the unpruned model. The step's best state goes on if it loses no more than allowed; else another round follows, up
-to `patience`, and then the last good state is the result. Losses are those of held-out examples that no round trains
+from the unpruned model. The step's best state goes on if it loses no more than allowed; else another round follows, while
+rounds help and up to `patience`, and then the last good state is the result. Losses are those of held-out examples that no round trains
 on: nats for each token above the unpruned model's.
 """
 
@@ -92,7 +92,9 @@ def prune_gradually(
     """
     shares = [step.share for step in steps]
     if not steps or any(later <= earlier for earlier, later in zip(shares, shares[1:])):
-        raise LlmcompressError(f"--schedule {','.join(f'{share:g}' for share in shares)}: give rising sparsities")
+        raise LlmcompressError(
+            f"--schedule {','.join(f'{share:g}' for share in shares)}: give rising sparsities"
+        )
     if max_loss is not None and not 0 < max_loss:
         raise LlmcompressError(f"--max-loss {max_loss}: give nats above 0")
     if patience < 1:
@@ -117,7 +119,9 @@ class _Descent:
         self.part = out.with_name(out.name + ".part")
         examples, _ = examples_of(dense, data, healing)
         if not examples.validation:
-            raise LlmcompressError("--validation 0: steps are measured on examples that are held out; give a share")
+            raise LlmcompressError(
+                "--validation 0: steps are measured on examples that are held out; give a share"
+            )
         self.rows = [example.ids for example in examples.validation]
         self.sha256 = examples.sha256
         self.states: dict[str, State] = {}
@@ -150,14 +154,14 @@ class _Descent:
         pruned = f"{number}-pruned"
         source = self.part / good.folder if good else self.dense.directory
         self._make(pruned, lambda out: prune_model(source, out, options, self.progress))
-        best = last = self._measured(pruned, options.share, 0)
+        best = self._measured(pruned, options.share, 0)
         for healed in range(1, self.patience + 1):
             name = f"{number}-healed-{healed}"
-            source = self.part / last.folder
+            source = self.part / best.folder
             self._make(name, lambda out: finetune_model(source, out, self.data, self.healing, self.progress))
             last = self._measured(name, options.share, healed)
             best = min(best, last, key=lambda state: state.loss)
-            if self._allowed(best):
+            if self._allowed(best) or best != last:  # another round of what did not help is the same again
                 break
         return best
 

@@ -97,7 +97,9 @@ def show_gradual(report: GradualReport) -> None:
     print_out(table)
     allowed = "" if report.max_loss is None else f", {report.max_loss:g} nats allowed"
     print_out(f"{report.path}: sparsity {report.kept.sparsity:g}, the state with the star{allowed}")
-    print_out("losses are those of held-out examples; a checkpoint of the same size and speed: no runtime skips zeros")
+    print_out(
+        "losses are those of held-out examples; a checkpoint of the same size and speed: no runtime skips zeros"
+    )
     for note in report.notes:
         print_out(f"note: {note}")
 

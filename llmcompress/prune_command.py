@@ -39,6 +39,7 @@ KNOWN_TO: dict[str, tuple[str, ...]] = {
     "effort": ("sparsegpt",),
     **dict.fromkeys(("heal", "schedule", "max_loss", "patience", "heal_method", "heal_steps", "heal_lr"), ZEROS),
 }  # fmt: skip
+OF_HEALING = ("seed", "device")  # options that mean something to healing, too
 
 
 @reported
@@ -138,6 +139,8 @@ def _refuse_strangers(method: str, given: dict[str, Any]) -> None:
         raise RecipeError(f"--method {method}: is none of {', '.join(JOBS)}{nearest(method, JOBS)}")
     for name, parameter in inspect.signature(prune).parameters.items():
         known = KNOWN_TO.get(name, (method,))
+        if given["heal"] and name in OF_HEALING:
+            known = ZEROS
         if method not in known and given[name] != parameter.default:
             flag = "--global" if name == "whole_model" else f"--{name.replace('_', '-')}"
             raise RecipeError(f"{flag}: means nothing to --method {method}; it is for {', '.join(known)}")
@@ -161,7 +164,10 @@ def _zeros(given: dict[str, Any]) -> None:
         if healed:
             report, show = _gradual(given, healed, progress), model_display.show_gradual
         else:
-            report, show = prune_model(given["model"], given["out"], options, progress), model_display.show_pruning
+            report, show = (
+                prune_model(given["model"], given["out"], options, progress),
+                model_display.show_pruning,
+            )
     finally:
         progress.close()
     if given["as_json"]:
@@ -176,7 +182,9 @@ def _healed_steps(given: dict[str, Any], options: PruningOptions) -> list[Prunin
         parameters = inspect.signature(prune).parameters
         for name in ("schedule", "max_loss", "patience", "heal_method", "heal_steps", "heal_lr"):
             if given[name] != parameters[name].default:
-                raise RecipeError(f"--{name.replace('_', '-')}: is for healing; give --heal, data to train on")
+                raise RecipeError(
+                    f"--{name.replace('_', '-')}: is for healing; give --heal, data to train on"
+                )
         return []
     if given["schedule"] is None:
         return [options]

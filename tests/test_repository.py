@@ -196,7 +196,7 @@ def shown_commands(page: Path) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", ["README.md", "docs/finetuning.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/finetuning.md", "docs/pruning.md"])
 def test_commands_run_as_written(root: Path, tmp_path: Path, page: str) -> None:
     (tmp_path / "examples").symlink_to(root / "examples")
     commands = shown_commands(root / page)
