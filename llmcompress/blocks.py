@@ -19,7 +19,7 @@ from greenlet import getcurrent, greenlet
 from torch import nn
 from transformers import PreTrainedModel
 
-from llmcompress.block_weights import PartWeights, Readable, WholeWeights, empty_model
+from llmcompress.block_weights import ModelState, PartWeights, Readable, WholeWeights, empty_model
 from llmcompress.compute import PRECISIONS, MixedProducts, narrow_matrices
 from llmcompress.errors import RunError
 from llmcompress.hidden_states import HiddenStates
@@ -60,6 +60,7 @@ class Lockstep:
         hidden_bytes: int = DEFAULT_HIDDEN_BYTES,
     ) -> None:  # fmt: skip
         self.model, self.weights, self.device = model, weights, device
+        self._state = ModelState(model)
         side_by_side = device.type == "cpu" and isinstance(weights, PartWeights)
         self.workers = torch.get_num_threads() if side_by_side else 1
         self.blocks, modules = decoder_blocks(self.model)
@@ -75,6 +76,7 @@ class Lockstep:
         self._moving: list[int] = []  # batches that go through the blocks
         self._rest: tuple | None = None  # what the last block returned behind its hidden states, if a tuple
         self._waiting: list[_Arrival | torch.Tensor] = []  # a block's output, once the last block is done
+        self._packed: dict[int, torch.Tensor] = {}  # matrices of the block under way, see MixedProducts
 
     @classmethod
     def of(
@@ -98,7 +100,7 @@ class Lockstep:
     def parameters_of(self, block: int) -> dict[str, nn.Parameter]:
         """The parameters and buffers of one block, by their full names."""
         inside = f"{self.blocks[block]}."
-        return {name: value for name, value in self._state().items() if name.startswith(inside)}
+        return {name: value for name, value in self._state.items() if name.startswith(inside)}
 
     def start(self, batches: Sequence[torch.Tensor], copies: int = 0) -> None:
         """Run every batch, int64 (rows, tokens) without padding, up to the first block.
@@ -143,6 +145,7 @@ class Lockstep:
         A batch runs inside `watch(batch)`, in a thread of its own; `seen(batch, output)` gets each output, (rows,
         tokens, hidden), here and in order.
         """
+        self._packed = {}
         for batch, output in self._outputs(block, watch or (lambda batch: contextlib.nullcontext())):
             self._rest = None if isinstance(output, torch.Tensor) else tuple(output[1:])
             if seen:
@@ -152,6 +155,7 @@ class Lockstep:
             else:  # what follows needs the head, and gives logits too large to hold for all
                 self._hidden.keep(batch, _hidden_of(output))
                 self._waiting[batch] = output
+        self._packed = {}
 
     def visit(
         self,
@@ -212,7 +216,7 @@ class Lockstep:
 
     @torch.no_grad()
     def _run(self, block: int, arrival: _Arrival, watch: contextlib.AbstractContextManager) -> Any:
-        with MixedProducts() if self.mixed else contextlib.nullcontext(), watch:
+        with MixedProducts(self._packed) if self.mixed else contextlib.nullcontext(), watch:
             return self._forwards[block](*arrival.args, **arrival.kwargs)
 
     def _fetched(self, batch: int) -> _Arrival:
@@ -279,7 +283,7 @@ class Lockstep:
 
     def _outside(self) -> set[str]:
         inside = tuple(f"{block}." for block in self.blocks)
-        return {name for name in self._state() if not name.startswith(inside)}
+        return {name for name in self._state if not name.startswith(inside)}
 
     def _entry(self) -> set[str]:
         """What lies outside the blocks, but for an output matrix of its own."""
@@ -294,10 +298,7 @@ class Lockstep:
     def _owned_by(self, module: nn.Module) -> set[str]:
         """Names of a module's parameters, with the other names of those that are tied."""
         own = {id(value) for value in module.state_dict(keep_vars=True).values()}
-        return {name for name, value in self._state().items() if id(value) in own}
-
-    def _state(self) -> dict[str, nn.Parameter]:
-        return self.model.state_dict(keep_vars=True)
+        return {name for name, value in self._state.items() if id(value) in own}
 
 
 @contextlib.contextmanager

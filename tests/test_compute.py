@@ -9,7 +9,15 @@ from torch.nn import functional
 from llmcompress import compute
 from llmcompress.blocks import Lockstep
 from llmcompress.checkpoint import Checkpoint
-from llmcompress.compute import DTYPES, MixedProducts, compute_device, narrow_matrices, precision_of
+from llmcompress.compute import (
+    DTYPES,
+    MixedProducts,
+    causal_attention,
+    compute_device,
+    is_plain_causal,
+    narrow_matrices,
+    precision_of,
+)
 from llmcompress.errors import LlmcompressError
 
 CPU = torch.device("cpu")
@@ -67,6 +75,44 @@ def test_a_changed_input_is_rounded_anew() -> None:
         x.add_(1)
         second = x @ w
     assert torch.equal(second, first + 1)
+
+
+def test_a_matrix_is_packed_once() -> None:
+    x, w = torch.randn(3, 70, 64), torch.randn(32, 64).bfloat16()
+    packed: dict[int, torch.Tensor] = {}
+    with MixedProducts():
+        wanted = functional.linear(x, w)
+    for _ in range(2):
+        with MixedProducts(packed):
+            found = functional.linear(x, w)
+    assert (found - wanted).abs().max() <= 2**-8 * wanted.abs().max()
+    assert list(packed) == [w.data_ptr()]
+    with MixedProducts(packed):
+        assert functional.linear(x[:, :0], w).shape == (3, 0, 32)
+
+
+@pytest.mark.parametrize("tokens", [1, 64, 150])
+@pytest.mark.parametrize("shared", [1, 3])
+def test_causal_attention_is_that_of_torch(tokens: int, shared: int) -> None:
+    generator = torch.Generator().manual_seed(tokens)
+    query = torch.randn(2, 6, tokens, 16, generator=generator)
+    key, value = (torch.randn(2, 6 // shared, tokens, 16, generator=generator) for _ in range(2))
+    options = {"is_causal": True, "enable_gqa": shared > 1, "scale": 20.0}  # large scores, as Qwen 2 has them
+    wanted = functional.scaled_dot_product_attention(query, key, value, **options)
+    with MixedProducts():
+        found = functional.scaled_dot_product_attention(query, key, value, **options)
+    assert torch.equal(found, causal_attention(query, key, value, **options))
+    assert (found - wanted).abs().max() < 2**-7 * value.abs().max()
+
+
+def test_other_attention_is_left_to_torch() -> None:
+    states = [torch.randn(1, 2, 5, 8) for _ in range(3)]
+    assert is_plain_causal(*states, is_causal=True, attn_mask=None, dropout_p=0.0, scale=None)
+    assert not is_plain_causal(*states)
+    assert not is_plain_causal(*states, is_causal=True, dropout_p=0.1)
+    assert not is_plain_causal(*states, attn_mask=torch.ones(5, 5).bool())
+    assert not is_plain_causal(states[0][:, :, :3], *states[1:], is_causal=True)
+    assert not is_plain_causal(*(part.bfloat16() for part in states), is_causal=True)
 
 
 def test_convolutions_and_vectors_stay_as_they_are() -> None:
