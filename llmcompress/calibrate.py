@@ -23,9 +23,7 @@ from llmcompress.stats import TensorStats
 
 BATCH_TOKENS = 2048  # at most
 FEWEST_TOKENS = 512
-ACTIVATION_BYTES = (
-    2**23
-)  # of a batch's widest activation: larger ones leave the cache, and pages of theirs are cleared
+ACTIVATION_BYTES = 2**22  # of a batch's widest activation: larger ones leave the cache
 GROUP_TOKENS = 2**16  # between two saves
 
 

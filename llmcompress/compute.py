@@ -48,7 +48,8 @@ class MixedProducts(TorchFunctionMode):
         elif func in _PRODUCTS and len(args) > 1 and _mixed(args[0], args[1]):
             return func(self._rounded(args[0]), args[1]).float()
         elif func is functional.scaled_dot_product_attention and is_plain_causal(*args, **kwargs):
-            return causal_attention(*args, **kwargs)
+            with torch._C.DisableTorchFunction():
+                return causal_attention(*args, **kwargs)
         return func(*args, **kwargs)
 
     def _product(self, inputs: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
