@@ -116,7 +116,8 @@ def rows_of(checkpoint: Checkpoint, options: CalibrationOptions) -> TokenRows:
     if options.windows == "packed":
         return calibration_rows(tokenizer, options.data, options.tokens, options.chunk, options.seed)
     texts = [source_text(tokenizer, source) for source in options.data]
-    rows = window_rows(tokenizer, "".join(text for text, _ in texts), options.chunk, "llama.cpp")
+    most = max(1, options.tokens // options.chunk)
+    rows = window_rows(tokenizer, "".join(text for text, _ in texts), options.chunk, "llama.cpp", most)
     return replace(
         rows, sources=options.data, notes=(*(note for _, notes in texts for note in notes), *rows.notes)
     )

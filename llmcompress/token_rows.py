@@ -61,9 +61,10 @@ def calibration_rows(
 
 
 def window_rows(
-    tokenizer: Any, text: str, chunk: int, style: Literal["llama.cpp", "transformers"]
-) -> TokenRows:
-    """Consecutive windows of `chunk` tokens over the whole text.
+    tokenizer: Any, text: str, chunk: int, style: Literal["llama.cpp", "transformers"],
+    most: int | None = None,
+) -> TokenRows:  # fmt: skip
+    """Consecutive windows of `chunk` tokens over the whole text, or the first `most` of them.
 
     "llama.cpp" is what llama-perplexity and llama-imatrix do with a file: one newline at its end is dropped,
     special tokens written in it are plain text (llama-imatrix has --parse-special), the last, shorter window
@@ -91,6 +92,9 @@ def window_rows(
             )
         if tokenise.end:
             notes.append("the tokenizer ends a text with a token, which llama.cpp's windows leave out")
+    if most is not None and len(rows) > most:
+        notes.append(f"the first {most} of {len(rows)} windows of {chunk} tokens; --tokens asks for no more")
+        rows = rows[:most]
     if not rows:
         raise TextError(
             f"the text has {len(ids)} tokens, a window {chunk}; give more text or a smaller chunk"

@@ -227,6 +227,14 @@ def test_windows_are_llama_cpps(tokenizer, root: Path) -> None:
     assert "fill no window of 64" in note
 
 
+def test_no_more_windows_than_asked_for(tokenizer) -> None:
+    every = window_rows(tokenizer, "a b c d e f g h", 2, "llama.cpp")
+    some = window_rows(tokenizer, "a b c d e f g h", 2, "llama.cpp", 3)
+    assert len(every.rows) > 3 and some.tokens == 6 and some.sha256 != every.sha256
+    assert all(np.array_equal(*pair) for pair in zip(some.rows, every.rows))
+    assert f"the first 3 of {len(every.rows)} windows of 2 tokens" in some.notes[-1]
+
+
 def test_llama_cpp_windows_drop_one_newline_at_the_end(tokenizer) -> None:
     one, none = (window_rows(tokenizer, "a b\n" + end, 1, "llama.cpp").tokens for end in ("\n", ""))
     assert one == none + len(tokenizer("\n", add_special_tokens=False)["input_ids"])
