@@ -117,7 +117,8 @@ def _key(teacher: int, block: int, theirs: int) -> str:
 
 
 class Distiller(transformers.Trainer):
-    """A Trainer whose loss has teachers in it. Evaluations measure the tokens' own loss, as without."""
+    """A Trainer whose loss has teachers in it. Evaluations measure that loss, too: a model may come nearer to its teacher
+    while the text itself becomes less likely."""
 
     def __init__(
         self, *args: Any, teachers: Sequence[Teacher], options: TuningOptions, **kwargs: Any
@@ -130,8 +131,6 @@ class Distiller(transformers.Trainer):
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:  # fmt: skip
         """As the Trainer's: the mean over `num_items_in_batch` learned tokens, or over those of this batch."""
-        if not model.training:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         loss, outputs = super().compute_loss(model, {**inputs, **self.asked}, True, num_items_in_batch)
         learned = inputs["labels"][:, 1:] != IGNORED
         given = {name: value for name, value in inputs.items() if name != "labels"}
@@ -145,6 +144,16 @@ class Distiller(transformers.Trainer):
             distance = distance * self.accelerator.num_processes  # gradients are averaged over them
         loss = (1 - self.options.soft) * loss + distance / count
         return (loss, outputs) if return_outputs else loss
+
+    def prediction_step(
+        self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> tuple[Any, ...]:
+        """In place of a batch's logits the sum of its loss and the number of its learned tokens, float64 (1, 2)."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss = self.compute_loss(model, inputs)
+        count = (inputs["labels"][:, 1:] != IGNORED).sum()
+        return loss, torch.stack([loss.double() * count, count.double()])[None], inputs["labels"]
 
     def _distance(
         self, number: int, teacher: Teacher, student: Any, wanted: Any, learned: torch.Tensor

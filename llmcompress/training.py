@@ -26,7 +26,7 @@ from llmcompress.row_packing import IGNORED, Collator, rows_of
 from llmcompress.tuning_data import Example, TuningData
 from llmcompress.tuning_options import Chosen, TuningOptions
 
-HELD_OUT = "eval_nll"  # the Trainer's name of the held-out loss: nats for each learned token
+HELD_OUT = "eval_held_out"  # the Trainer's name of the held-out loss: nats for each learned token
 
 
 @dataclass
@@ -92,7 +92,8 @@ def trainer_of(
     trainer = kind(
         model, arguments, data_collator=Collator(length, pack), train_dataset=Items(data.train),
         eval_dataset=Items(_measured_rows(data.validation, length, pack)) if measured else None,
-        callbacks=callbacks, compute_metrics=_mean_loss, preprocess_logits_for_metrics=_row_losses,
+        callbacks=callbacks, compute_metrics=_mean_loss,
+        preprocess_logits_for_metrics=None if teachers else _row_losses,
     )  # fmt: skip
     trainer.remove_callback(transformers.PrinterCallback)
     return trainer
@@ -153,7 +154,7 @@ def _row_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 def _mean_loss(found: transformers.EvalPrediction) -> dict[str, float]:
     total, count = np.asarray(found.predictions, np.float64).reshape(-1, 2).sum(0)
-    return {"nll": float(total / count)}
+    return {HELD_OUT.removeprefix("eval_"): float(total / count)}
 
 
 class Told(transformers.TrainerCallback):

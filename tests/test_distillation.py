@@ -160,7 +160,37 @@ def test_a_student_learns_what_its_teacher_knows_and_nothing_else_is_saved(
     was, now = (load_file(folder / "model.safetensors") for folder in (small, tmp_path / "student"))
     assert was.keys() == now.keys() and not any(PROJECTIONS in name for name in now)
     student = load_frozen(tmp_path / "student", "16bit", CPU, torch.float32).eval()
-    assert measured(student, report) == pytest.approx(report.held_out, rel=2e-3)
+    assert measured(student, report) < 0.7 * measured(
+        load_frozen(small, "16bit", CPU, torch.float32).eval(), report
+    )
+
+
+@pytest.mark.slow
+def test_the_held_out_loss_is_the_distance_to_the_teacher(
+    tiny: Callable[[str], Path], teacher: Path, tmp_path: Path, data: str
+) -> None:
+    """And the best step is chosen by it: over all held-out tokens, however the rows are cut."""
+    given = TAUGHT | {
+        "teachers": (str(teacher),),
+        "steps": 4,
+        "evaluations": 2,
+        "soft": 0.75,
+        "temperature": 2.0,
+    }
+    report = run(tiny("llama"), tmp_path / "student", data, **given)
+    student, wanted = (
+        load_frozen(folder, "16bit", CPU, torch.float32).eval() for folder in (tmp_path / "student", teacher)
+    )
+    total = count = 0.0
+    for example in report.data.validation:
+        ids = torch.from_numpy(example.ids.astype("int64"))[None]
+        with torch.no_grad():
+            logits, theirs = (each(input_ids=ids).logits[0, :-1] for each in (student, wanted))
+        q, p = (torch.log_softmax(each.double() / 2, -1) for each in (logits, theirs))
+        own = torch.nn.functional.cross_entropy(logits.double(), ids[0, 1:], reduction="sum")
+        total += (0.25 * own + 0.75 * 4 * (p.exp() * (p - q)).sum()).item()
+        count += len(ids[0]) - 1
+    assert report.held_out == pytest.approx(total / count, rel=2e-3)
 
 
 @pytest.mark.slow
