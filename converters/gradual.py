@@ -150,7 +150,8 @@ class _Descent:
         return self._deliver(good)
 
     def _step(self, number: int, options: PruningOptions, good: State | None) -> State:
-        """The best state at a sparsity: pruned, or after a round of healing."""
+        """The best state at a sparsity, pruned or after a round of healing: among those allowed, if there are any, the
+        one that diverges least from the unpruned model."""
         pruned = f"{number}-pruned"
         source = self.part / good.folder if good else self.dense.directory
         self._make(pruned, lambda out: prune_model(source, out, options, self.progress))
@@ -160,7 +161,7 @@ class _Descent:
             source = self.part / best.folder
             self._make(name, lambda out: finetune_model(source, out, self.data, self.healing, self.progress))
             last = self._measured(name, options.share, healed)
-            best = min(best, last, key=lambda state: state.loss)
+            best = min(best, last, key=lambda state: (not self._allowed(state), state.mean_kl))
             if self._allowed(best) or best != last:  # another round of what did not help is the same again
                 break
         return best

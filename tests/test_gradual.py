@@ -84,10 +84,7 @@ def test_every_step_is_pruned_healed_and_measured(model: Path, tmp_path: Path, d
 
 def test_a_step_that_loses_too_much_is_given_up(model: Path, tmp_path: Path, data: str) -> None:
     """Its rounds of healing used up, the last good state is the result; where there is none, an error says so."""
-    first = descend(model, tmp_path / "first", data, (0.1,)).kept.loss
-    report = descend(
-        model, tmp_path / "out", data, (0.1, 0.95, 0.97), max_loss=max(2 * first, first + 0.01), patience=2
-    )
+    report = descend(model, tmp_path / "out", data, (0.1, 0.95, 0.97), max_loss=0.3, patience=2)
     names = [state.folder for state in report.states]
     assert names[:2] == ["1-pruned", "1-healed-1"][: len(names)] and names[-1] == "2-healed-2"
     assert report.kept.sparsity == 0.1 and zeros(tmp_path / "out") == pytest.approx(0.1, abs=1e-3)

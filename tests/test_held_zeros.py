@@ -114,10 +114,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.mark.parametrize(
     "model, options",
     [
-        ("llama", {}), ("llama", {"load": "4bit"}), ("gpt2", {"method": "rslora"}), ("mixtral", {"target": ("q_proj",)}),
-        ("llama", {"method": "full", "learning_rate": 0.002}), ("gpt2", {"method": "full", "learning_rate": 0.002}),
-        ("mixtral-fused", {"method": "full", "learning_rate": 0.002}),
+        ("llama", {}), ("llama", {"load": "4bit"}), ("gpt2", {"method": "rslora"}),
         ("llama-tied", {"method": "full", "learning_rate": 0.002}),
+        ("mixtral-fused", {"method": "full", "learning_rate": 0.002}),
     ],
     ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value.values())) or "lora",
 )  # fmt: skip
@@ -125,9 +124,6 @@ def test_what_is_healed_is_an_ordinary_checkpoint_with_the_same_zeros(
     tiny: Callable[[str], Path], tmp_path: Path, data: str, model: str, options: dict
 ) -> None:
     source = pruned(tiny(model), tmp_path / "pruned")
-    options = dict(options)
-    if "target" in options:
-        options["targets"] = options.pop("target")
     report = run(source, tmp_path / "healed", data, keep_zeros=True, **options)
     assert report.held_out < 0.5 * report.untuned and any("zeros held" in note for note in report.notes)
     assert zeros_are_held(source, tmp_path / "healed")
