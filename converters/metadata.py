@@ -23,11 +23,16 @@ from llmcompress.json_object import read_object
 from llmcompress.recipe import Recipe
 from llmcompress.step import Step
 
-_SAMPLING = {
-    "top_k": ("top_k", int),
-    "top_p": ("top_p", float),
-    "min_p": ("min_p", float),
-    "temperature": ("temp", float),
+# general.sampling.*: what generation_config.json calls it, the first that it has, and its type.
+_SAMPLING: dict[str, tuple[tuple[str, ...], type]] = {
+    "sequence": (("sequence",), str),
+    "temp": (("temperature",), float),
+    "penalty_repeat": (("penalty_repeat", "repetition_penalty"), float),
+    **{name: ((name,), int) for name in ("top_k", "penalty_last_n", "mirostat")},
+    **{
+        name: ((name,), float)
+        for name in ("top_p", "min_p", "xtc_probability", "xtc_threshold", "mirostat_tau", "mirostat_eta")
+    },
 }
 
 
@@ -73,9 +78,12 @@ def _model_card(checkpoint: Checkpoint, weights: int) -> tuple[ModelCard, list[s
 def _add_sampling(card: ModelCard, path: Path) -> None:
     """The sampling defaults the model's authors recommend."""
     defaults = read_object(path) if path.is_file() else {}
-    for key, (name, kind) in _SAMPLING.items():
+    for name, (keys, kind) in _SAMPLING.items():
+        key = next((key for key in keys if defaults.get(key) is not None), keys[0])
         value = defaults.get(key)
-        if isinstance(value, (int, float)):
+        if kind is str and isinstance(value, str):
+            card.sampling_sequence = value
+        elif kind is not str and isinstance(value, (int, float)) and not isinstance(value, bool):
             if not isfinite(value):
                 raise CheckpointError(f"{path}: {key} is {value}; it must be a number, or left out")
             setattr(card, f"sampling_{name}", kind(value))

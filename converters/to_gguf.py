@@ -11,6 +11,7 @@ from llmcompress.converters.architecture import Architecture, steps_of
 from llmcompress.converters.config import Config
 from llmcompress.converters.families import class_called, find_architecture
 from llmcompress.converters.metadata import general_metadata
+from llmcompress.converters.mtp import keep_mtp
 from llmcompress.converters.tokenizer import read_vocabulary
 
 from llmcompress.checkpoint import Checkpoint
@@ -44,6 +45,8 @@ def plan_gguf(model: str | Path, out: str | Path, recipe: Recipe, progress: Prog
     checkpoint = open_checkpoint(model, recipe)
     checkpoint.require_plain()
     architecture = find_architecture(Config(checkpoint.config))
+    if recipe.mtp == "keep":
+        architecture = keep_mtp(architecture, checkpoint)
     config = architecture.config(checkpoint.config)
     notes = architecture.check_config(config)
     vocabulary = read_vocabulary(

@@ -14,6 +14,17 @@ from llmcompress.errors import TokenizerError
 from llmcompress.json_object import read_object
 from llmcompress.small_file import read_text
 
+# Where a tokenizer is looked for, in this order, and what is read there.
+FILES = {
+    "tokenizer.json": "byte-level BPE, SentencePiece's BPE and unigram model, WordPiece",
+    tekken.NAME: "Mistral's byte-level BPE",
+    "*.tiktoken": "byte-level BPE by ranks, also as tiktoken.model or tokenizer.model: Qwen, Hunyuan, Kimi K2, GLM-4",
+    wordpiece.NAME: "BERT's WordPiece",
+    "tokenizer.model": "SentencePiece's BPE and unigram model, also as spiece.model or tokenizer.model.v3",
+    rwkv_world.PATTERN: "RWKV's vocabulary",
+    "vocab.json": "GPT-2's and Qwen's byte-level BPE, with merges.txt",
+}
+
 _SEQUENCES = ("normalizers", "pretokenizers", "processors", "decoders")
 
 

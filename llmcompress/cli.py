@@ -187,6 +187,9 @@ Architecture = Annotated[
         "--architecture", metavar="NAME", help="Class to convert as, for one that is another underneath."
     ),
 ]
+Mtp = Annotated[
+    Optional[str], typer.Option("--mtp", metavar="WHAT", help="keep or drop the layers that predict further tokens.")
+]  # fmt: skip
 Pre = Annotated[
     Optional[str],
     typer.Option("--pre", metavar="NAME", help="Name of the pre-tokenizer, where it cannot be found."),
@@ -237,7 +240,7 @@ def job(
         leave_output_tensor: LeaveOutput = False, fallback: Fallback = None, adapter: Adapter = None, onto: Onto = None, imatrix: Imatrix = None,
         target_size: TargetSize = None, target_bpw: TargetBpw = None, sensitivity: SensitivityFile = None,
         confirm: Confirm = None,
-        method: Method = None, hessian: Hessian = None, calibrate: Calibrate = False, data: model_commands.Data = None, tokens: Tokens = None, effort: Effort = None, architecture: Architecture = None, pre: Pre = None, model_name: Name = None, split_max_size: Split = None,
+        method: Method = None, hessian: Hessian = None, calibrate: Calibrate = False, data: model_commands.Data = None, tokens: Tokens = None, effort: Effort = None, architecture: Architecture = None, mtp: Mtp = None, pre: Pre = None, model_name: Name = None, split_max_size: Split = None,
         max_ram: MaxRam = None, threads: Threads = None, verify: Verify = None, recipe: RecipeFile = None,
         as_json: AsJson = False, dry_run: DryRun = False, format: Format = None, bits: Bits = None,
         group_size: GroupSize = None, sym: Sym = None, desc_act: DescAct = False, double_quant: DoubleQuant = False,
@@ -251,7 +254,7 @@ def job(
             "target_size": target_size, "target_bpw": target_bpw, "sensitivity": sensitivity,
             "confirm": confirm,
             "method": method, "hessian": hessian, "calibrate": calibrate or None, "data": data, "tokens": tokens,
-            "effort": effort, "architecture": architecture, "pre": pre, "name": model_name, "split_max_size": split_max_size, "max_ram": max_ram,
+            "effort": effort, "architecture": architecture, "mtp": mtp, "pre": pre, "name": model_name, "split_max_size": split_max_size, "max_ram": max_ram,
             "threads": threads, "verify": verify, "format": format, "bits": bits, "group_size": group_size, "sym": sym,
             "desc_act": desc_act or None, "double_quant": double_quant or None, "storage": storage, "keep": keep,
         }  # fmt: skip

@@ -21,11 +21,12 @@ from llmcompress.sizes import parse_count, parse_size
 SOURCE_TYPES = ("AUTO", "COPY")  # file types that the checkpoint decides
 VERIFY = ("off", "sample", "full")
 FALLBACKS = ("llama.cpp", "best")
+MTP = ("drop", "keep")
 FORMATS = ("gguf", "gptq", "nf4", "fp4", "int8")
 STORAGE = ("uint8", "bfloat16", "float16", "float32")
 GGUF_ONLY = {
     "types", "tensor_types", "output_tensor_type", "token_embedding_type", "pure", "leave_output_tensor", "fallback",
-    "architecture", "pre", "name", "verify", "target_size", "target_bpw", "sensitivity",
+    "architecture", "mtp", "pre", "name", "verify", "target_size", "target_bpw", "sensitivity",
     "confirm",
 }  # fmt: skip
 FORMATS_OF = {  # fields that only some formats know
@@ -70,6 +71,7 @@ class Recipe:
     keep: tuple[str, ...] = ()  # modules that stay as they are, as llm_int8_skip_modules names them
     effort: str = "normal"  # of the search for scales: fast, normal or best
     architecture: str | None = None  # the class to convert as, for one that has no table
+    mtp: str = "drop"  # or "keep": the layers behind the last that predict further tokens
     pre: str | None = None  # pre-tokenizer by name, where detection fails
     name: str | None = None  # general.name
     split_max_size: int | None = None  # bytes
@@ -90,6 +92,8 @@ class Recipe:
         if self.fallback not in FALLBACKS:
             hint = nearest(self.fallback, FALLBACKS)
             raise RecipeError(f"fallback: {self.fallback!r} is none of {', '.join(FALLBACKS)}{hint}")
+        if self.mtp not in MTP:
+            raise RecipeError(f"mtp: {self.mtp!r} is none of {', '.join(MTP)}{nearest(self.mtp, MTP)}")
         check_effort(self.effort)
         if self.method not in METHODS:
             raise RecipeError(

@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+import gguf
 import pytest
 from llmcompress.converters.metadata import general_metadata
 from llmcompress.converters.to_gguf import plan_gguf
@@ -85,6 +86,29 @@ def test_sampling_defaults_are_kept(model: Path) -> None:
     keys, _ = keys_of(model)
     assert (keys["general.sampling.temp"], keys["general.sampling.top_k"]) == (0.6, 20)
     assert "general.sampling.min_p" not in keys
+
+
+def test_card_and_sampling_are_what_gguf_py_makes_of_them(model: Path) -> None:
+    """Licence, authors, languages, base models and all the sampling keys, as llama.cpp's converter writes them."""
+    (model / "README.md").write_text(
+        CARD.replace("tags:", "license_name: mine\nlicense_link: x.org\nauthor: A. U. Thor\ntags:")
+    )
+    sampling = {
+        "temperature": 0.7, "top_k": 40, "top_p": 0.9, "min_p": 0.05, "repetition_penalty": 1.1, "penalty_last_n": 64,
+        "xtc_probability": 0.5, "xtc_threshold": 0.1, "mirostat": 2, "mirostat_tau": 5.0, "mirostat_eta": 0.1,
+        "sequence": "top_k;temperature",
+    }  # fmt: skip
+    (model / "generation_config.json").write_text(json.dumps(sampling))
+    writer = gguf.GGUFWriter(None, "llama")
+    theirs = gguf.Metadata.load(None, model, None, 0)
+    theirs.set_gguf_meta_model(writer)
+    expected = {key: value.value for key, value in writer.kv_data[0].items()}
+    keys, notes = keys_of(model)
+    assert not notes and len([key for key in keys if key.startswith("general.sampling.")]) == len(sampling)
+    assert {key: keys.get(key) for key in expected if key != "general.size_label"} == {
+        key: value for key, value in expected.items() if key != "general.size_label"
+    }
+    assert keys["general.license.name"] == "mine" and keys["general.sampling.penalty_repeat"] == 1.1
 
 
 @pytest.mark.parametrize(

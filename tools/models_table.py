@@ -1,24 +1,25 @@
-"""The README's table of models, from the tables in converters/ and the tiny models that tests prove them with.
+"""The README's tables of models, quantized sources and tokenizers, from the code and the tests that prove each row.
 
-python tools/models_table.py            writes it into README.md
-python tools/models_table.py --check    says whether README.md has it
+python tools/models_table.py            writes them into README.md
+python tools/models_table.py --check    says whether README.md has them
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
+import re
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-BEGIN, END = "<!-- models: python tools/models_table.py -->", "<!-- end of models -->"
+sys.path.insert(0, str(ROOT / "tests"))
 LOGITS, SAME, NONE = "logits", "logits of a model with the same tensors", "none yet"
 TEXT = "plan equal to the text model's (text part alone; the rest is left out)"  # tests/test_multimodal.py
 
 
 def proofs() -> dict[str, str]:
     """What shows that a class converts rightly, by its name: a tiny model's logits in llama.cpp and in transformers."""
-    sys.path.insert(0, str(ROOT / "tests"))
     from tiny_families import MORE
     from tiny_models import MODELS
 
@@ -27,7 +28,7 @@ def proofs() -> dict[str, str]:
     return found | {tiny.kind: LOGITS for tiny in made}
 
 
-def table() -> str:
+def models() -> str:
     from llmcompress.converters.families import ARCHITECTURES
 
     proved = proofs()
@@ -36,14 +37,63 @@ def table() -> str:
         for name in family.classes:
             proof = proved.get(name, TEXT if family.text else NONE)
             rows.setdefault((family.name, proof), []).append(name)
-    lines = ["| `general.architecture` | classes | proof |", "|---|---|---|"]
-    lines += [f"| `{name}` | {', '.join(classes)} | {proof} |" for (name, proof), classes in rows.items()]
-    return "\n".join(lines)
+    return table(
+        ("`general.architecture`", "classes", "proof"),
+        [(f"`{name}`", ", ".join(classes), proof) for (name, proof), classes in rows.items()],
+    )
 
 
-def with_table(readme: str) -> str:
-    before, rest = readme.split(BEGIN)
-    return f"{before}{BEGIN}\n{table()}\n{END}{rest.split(END)[1]}"
+def sources() -> str:
+    from proofs import SOURCES
+
+    from llmcompress.sources import FORMATS
+
+    methods: dict[str, list[str]] = {}
+    for method, module in FORMATS.items():
+        methods.setdefault(module, []).append(f"`{method}`")
+    rows = []
+    for module, names in methods.items():
+        read, proof = importlib.import_module(f"llmcompress.sources.{module}").READS, SOURCES[module]
+        check_exist(*proof.tests, *filter(None, [proof.job]))
+        rows.append((", ".join(names), read, proof.peer, proof.shows if proof.job else NONE))
+    return table(("`quant_method`", "what is read", "held against", "whole job"), rows)
+
+
+def tokenizers() -> str:
+    from llmcompress.converters.tokenizer_files import FILES
+    from proofs import TOKENIZERS
+
+    check_exist(*(test for name in FILES for test in TOKENIZERS[name].tests))
+    return table(
+        ("file", "what is read", "held against"),
+        [(f"`{name}`", what, TOKENIZERS[name].peer) for name, what in FILES.items()],
+    )
+
+
+def check_exist(*tests: str) -> None:
+    """Raises LookupError for a test that no file in tests/ has."""
+    text = "\n".join(file.read_text() for file in sorted((ROOT / "tests").glob("test_*.py")))
+    for name in tests:
+        if not re.search(rf"^def {name}\(", text, re.M):
+            raise LookupError(f"tests/proofs.py names {name}, which no file in tests/ has")
+
+
+def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    lines = [header, ("---",) * len(header), *rows]
+    return "\n".join(
+        "|" + "|".join(f" {cell} " if cell != "---" else cell for cell in line) + "|" for line in lines
+    )
+
+
+TABLES = {"models": models, "sources": sources, "tokenizers": tokenizers}
+
+
+def with_tables(readme: str) -> str:
+    for name, made in TABLES.items():
+        begin, end = f"<!-- {name}: python tools/models_table.py -->", f"<!-- end of {name} -->"
+        before, rest = readme.split(begin)
+        readme = f"{before}{begin}\n{made()}\n{end}{rest.split(end)[1]}"
+    return readme
 
 
 def main() -> None:
@@ -54,9 +104,9 @@ def main() -> None:
     arguments = parser.parse_args()
     path = ROOT / "README.md"
     readme = path.read_text()
-    wanted = with_table(readme)
+    wanted = with_tables(readme)
     if arguments.check:
-        sys.exit(None if readme == wanted else "README.md: its table of models is not that of the code")
+        sys.exit(None if readme == wanted else "README.md: its tables are not those of the code")
     path.write_text(wanted)
 
 

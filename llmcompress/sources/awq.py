@@ -20,6 +20,7 @@ from llmcompress.tensor_info import TensorInfo
 
 BITS, WORD = 4, 8
 PLACES = np.array([0, 4, 1, 5, 2, 6, 3, 7])  # where in a word each of its eight outputs lies
+READS = "4 bits in the gemm layout"  # in the README's table
 
 
 def weights(stored: Stored) -> Iterator[DecodedTensor]:

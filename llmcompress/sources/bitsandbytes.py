@@ -28,6 +28,7 @@ from llmcompress.tensor_info import TensorInfo, is_shape
 STATE = ".quant_state.bitsandbytes__"
 KINDS = ("nf4", "fp4")
 ONE_127TH = np.float32(7.874015718698502e-3)  # as bitsandbytes has it
+READS = "NF4 and FP4, with double quantization or not, INT8"  # in the README's table
 
 
 def weights(stored: Stored) -> Iterator[DecodedTensor]:

@@ -31,6 +31,7 @@ from llmcompress.tensor_info import TensorInfo, is_shape
 MX_GROUP = 32
 SMALL_FLOATS = ("F8_E4M3", "F8_E5M2")
 OF_ACTIVATIONS = (".input_global_scale", ".input_zero_point", ".output_scale", ".output_zero_point", ".q_scale", ".weight_observer")  # fmt: skip
+READS = "packed integers of 1 to 8 bits, INT8, FP8, NVFP4, MXFP4, several in one checkpoint"  # in the README's table
 
 
 def weights(stored: Stored) -> Iterator[DecodedTensor]:

@@ -26,6 +26,7 @@ from llmcompress.tensor_info import TensorInfo
 
 BITS = (2, 3, 4, 8)
 VERSIONS = ("gptq", "gptq_v2")
+READS = "2, 3, 4, 8 bits, symmetric or not, act-order, both versions"  # in the README's table
 
 
 def weights(stored: Stored) -> Iterator[DecodedTensor]:

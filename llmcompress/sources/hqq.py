@@ -28,6 +28,7 @@ SETTINGS = (
     "nbits", "group_size", "shape", "axis", "packing", "unpack_view_dtype", "view_as_float", "quant_scale", "quant_zero",
     "compute_dtype", "offload_meta", "encoded_state_dict", "stores_quant_config", "channel_wise", "optimize", "round_zero",
 )  # fmt: skip
+READS = "1, 2, 3, 4, 8 bits, both axes"  # in the README's table
 
 
 def weights(stored: Stored) -> Iterator[DecodedTensor]:

@@ -23,6 +23,7 @@ from llmcompress.sources.stored import DecodedTensor, Read, Stored
 from llmcompress.tensor_info import TensorInfo
 
 GROUP = 16
+READS = "NVFP4, FP8"  # in the README's table
 
 
 def weights(stored: Stored) -> Iterator[DecodedTensor]:

@@ -26,6 +26,7 @@ from llmcompress.sources.stored import DTYPES, FLOATS, DecodedTensor, Read, Stor
 from llmcompress.tensor_info import TensorInfo
 
 NIBBLES = (np.arange(16, dtype=np.float32) + 8) % 16 - 8  # two's complement
+READS = "int8 and intx, float8; int4"  # in the README's table
 
 
 def weights(stored: Stored) -> Iterator[DecodedTensor]:

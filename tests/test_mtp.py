@@ -1,0 +1,126 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from llama_cpp import Model
+from llmcompress.converters.to_gguf import plan_gguf
+from safetensors.torch import load_file, save_file
+from tiny_families import MORE
+from tiny_models import build
+
+import llmcompress
+from llmcompress.errors import PlanError, RecipeError
+from llmcompress.recipe import Recipe
+
+IDS = [1, 5, 300, 17, 250, 99, 4, 77]
+HIDDEN = 256
+
+
+def tiny(name: str, root: Path, folder: Path) -> Path:
+    return build(name, folder / "tiny", {MORE[name][1]: root / "examples" / "sample-llama-6m"}, models=MORE)
+
+
+def add_layer(folder: Path, prefix: str, like: str, extra: dict[str, str]) -> dict[str, torch.Tensor]:
+    """Puts a layer behind the last: a copy of the one called `like`, and the parts that it has beside."""
+    tensors = load_file(folder / "model.safetensors")
+    torch.manual_seed(5)
+    own = {
+        prefix + name.removeprefix(like): value for name, value in tensors.items() if name.startswith(like)
+    }
+    own |= {
+        f"{name}.weight": torch.randn(HIDDEN, 2 * HIDDEN) if part == "eh_proj" else torch.randn(HIDDEN)
+        for part, name in extra.items()
+    }
+    assert len(own) > len(extra)
+    save_file(tensors | {name: value.clone() for name, value in own.items()}, folder / "model.safetensors")
+    return own
+
+
+def glm(root: Path, folder: Path) -> tuple[Path, dict]:
+    made = tiny("glm4moe", root, folder)
+    names = {"eh_proj": "eh_proj", "enorm": "enorm", "hnorm": "hnorm", "shared_head_norm": "shared_head.norm"}
+    start = "model.layers.2."
+    own = add_layer(made, start, "model.layers.1.", {part: start + name for part, name in names.items()})
+    config = json.loads((made / "config.json").read_text())
+    (made / "config.json").write_text(json.dumps(config | {"num_nextn_predict_layers": 1}))
+    return made, own
+
+
+def qwen(name: str, root: Path, folder: Path) -> tuple[Path, dict]:
+    made = tiny(name, root, folder)
+    types = json.loads((made / "config.json").read_text())["layer_types"]
+    names = {
+        "eh_proj": "fc",
+        "enorm": "pre_fc_norm_embedding",
+        "hnorm": "pre_fc_norm_hidden",
+        "shared_head_norm": "norm",
+    }
+    like = f"model.layers.{types.index('full_attention')}."
+    return made, add_layer(made, "mtp.layers.0.", like, {part: f"mtp.{name}" for part, name in names.items()})
+
+
+MADE = {"glm4moe": glm} | {
+    name: (lambda root, folder, name=name: qwen(name, root, folder))
+    for name in ("qwen3next", "qwen35", "qwen35moe")
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MADE)
+def test_kept_layers_are_there_and_change_nothing_before_them(name: str, root: Path, tmp_path: Path) -> None:
+    folder, own = MADE[name](root, tmp_path)
+    layers = json.loads((folder / "config.json").read_text())["num_hidden_layers"]
+    dropped, kept = (
+        plan_gguf(folder, tmp_path / "x.gguf", Recipe(types=("F32",), mtp=mtp)) for mtp in ("drop", "keep")
+    )
+    more = {step.name: step for step in kept.steps}
+    for step in dropped.steps:
+        more.pop(step.name)
+    assert all(step.startswith(f"blk.{layers}.") for step in more)
+    assert any("multi-token prediction: left out" in note for note in dropped.notes)
+    assert not any("multi-token prediction" in note for note in kept.notes)
+    theirs = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GLM4_MOE, layers + 1)  # the names are one for all
+    parts = {
+        "eh_proj": (HIDDEN, 2 * HIDDEN),
+        "enorm": (HIDDEN,),
+        "hnorm": (HIDDEN,),
+        "shared_head.norm": (HIDDEN,),
+    }
+    for part, shape in parts.items():
+        assert more[f"{theirs.get_name(f'model.layers.{layers}.{part}')}.weight"].shape == shape
+    found = []
+    for mtp in ("drop", "keep"):
+        (path,) = llmcompress.quantize(folder, tmp_path / f"{mtp}.gguf", type="F32", mtp=mtp).paths
+        with Model(path) as model:
+            found.append(model.logits(IDS))
+            count, further = (model.meta(f"{name}.{key}") for key in ("block_count", "nextn_predict_layers"))
+        assert (int(count), int(further or 0)) == (layers + (mtp == "keep"), int(mtp == "keep"))
+    assert np.array_equal(*found)
+    reader = gguf.GGUFReader(tmp_path / "keep.gguf")
+    written = {tensor.name: np.array(tensor.data) for tensor in reader.tensors}
+    norm = next(
+        value for key, value in own.items() if key.endswith(("hnorm.weight", "pre_fc_norm_hidden.weight"))
+    )
+    assert np.array_equal(
+        written[f"blk.{layers}.nextn.hnorm.weight"], norm.numpy() + (0 if name == "glm4moe" else 1)
+    )
+
+
+def test_what_cannot_be_kept_is_refused(root: Path, tmp_path: Path, tiny) -> None:
+    with pytest.raises(PlanError, match="llama.cpp's llama does not run such layers .known: glm4moe"):
+        plan_gguf(tiny("llama"), tmp_path / "x.gguf", Recipe(mtp="keep"))
+    with pytest.raises(RecipeError, match="mtp: 'kep' is none of drop, keep.*did you mean 'keep'"):
+        Recipe(mtp="kep")
+
+
+def test_a_checkpoint_without_such_layers_is_refused(root: Path, tmp_path: Path) -> None:
+    made = build(
+        "glm4moe", tmp_path / "tiny", {MORE["glm4moe"][1]: root / "examples" / "sample-llama-6m"}, models=MORE
+    )
+    with pytest.raises(PlanError, match="--mtp keep: it has no layers behind the 2 of config.json"):
+        plan_gguf(made, tmp_path / "x.gguf", Recipe(mtp="keep"))
