@@ -129,6 +129,10 @@ class CodedPlan:
         possible = linear.inputs in self.importance and self.format.feeds_errors(linear)
         return self.recipe.method if possible else "nearest"
 
+    def prunes(self, linear: Linear) -> bool:
+        """Whether weights go in the sweep that quantizes a linear."""
+        return bool(self.recipe.prunes and self.format.feeds_errors(linear))
+
     def slabs(self, linear: Linear) -> Iterator[Slab]:
         return slabs_of(0, linear.step, self.slab_weights)
 
@@ -174,7 +178,7 @@ def plan_coded(model: str | Path, out: str | Path, recipe: Recipe, format: Forma
     }
     plan = replace(plan, output=replace(output, texts=texts))
     check_room(plan.output)
-    return plan
+    return replace(plan, notes=(*plan.notes, *_zeros_notes(plan)))
 
 
 def run_coded(plan: CodedPlan, progress: Progress | None = None) -> Result:
@@ -210,6 +214,21 @@ def planned(plan: CodedPlan) -> Result:
 def _cut_at(linear: Linear, unit: int) -> Linear:
     step = linear.step
     return replace(linear, step=replace(step, operation=replace(step.operation, group=unit)))
+
+
+def _zeros_notes(plan: CodedPlan) -> list[str]:
+    if not plan.recipe.prunes:
+        return []
+    from llmcompress.methods.joint import zeros_notes
+
+    pruned = [
+        (linear.step.name, linear.step.columns, plan.format.grid(linear))
+        for linear in plan.linears
+        if plan.prunes(linear)
+    ]
+    whole = [linear.step.name for linear in plan.linears if not plan.prunes(linear)]
+    more = [f"{len(whole)} linears are not pruned, the first is {whole[0]}"] if whole else []
+    return [*zeros_notes(pruned, plan.recipe.pruning), *more]
 
 
 def _missing_notes(missing: Sequence[str]) -> list[str]:
@@ -257,7 +276,15 @@ def _make(plan: CodedPlan, linear: Linear, slab: Slab) -> tuple[list[Data], tupl
     by_gptq = plan.method(linear) == "gptq"
     solver = plan.importance.solver(linear.inputs, linear.matrix) if by_gptq else None
     weights = read_slab(plan.checkpoint, linear.step, slab).float32
-    data = plan.format.quantize(linear, weights, importance, solver, plan.recipe.effort)
+    if plan.prunes(linear):
+        from llmcompress.methods import joint
+
+        data = joint.quantize(
+            weights, plan.format.grid(linear), solver, importance, plan.recipe.effort, plan.recipe.pruning,
+            plan.recipe.desc_act,
+        )  # fmt: skip
+    else:
+        data = plan.format.quantize(linear, weights, importance, solver, plan.recipe.effort)
     errors = plan.format.dequantize(linear, data, slab.rows)
     np.subtract(errors, weights, out=errors)
     return plan.format.parts(linear, slab, data), (slab.rows, squares(errors), squares(weights))

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from llmcompress.converters.architecture import Architecture
 
 from llmcompress.errors import PlanError
-from llmcompress.mix import NEVER_QUANTIZED
-from llmcompress.step import Operation, Piece, Step
+from llmcompress.step import Operation, Piece, Step, is_linear
 from llmcompress.tensor_info import TensorInfo
 
 AS_IT_IS, TRANSPOSED = Operation("copy"), Operation("transpose", transposed=True)
@@ -38,12 +37,6 @@ def linears_of(architecture: Architecture, steps: Sequence[Step]) -> list[Linear
                 linear.step.name, linear
             )  # a fused weight (q, k and v) is there once for each part
     return list(found.values())
-
-
-def is_linear(step: Step) -> bool:
-    """Whether a tensor of the GGUF is a matrix of a decoder block and neither norm nor router."""
-    block_matrix = step.name.startswith("blk.") and step.name.endswith(".weight") and len(step.shape) > 1
-    return block_matrix and not any(part in step.name for part in NEVER_QUANTIZED)
 
 
 def has_inputs_first(step: Step, tensor: TensorInfo) -> bool:

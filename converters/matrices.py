@@ -6,13 +6,14 @@ from dataclasses import dataclass
 
 import numpy as np
 from llmcompress.converters.families import weight_steps
-from llmcompress.converters.linears import has_inputs_first, is_linear
+from llmcompress.converters.linears import has_inputs_first
 
 from llmcompress.checkpoint import READABLE, Checkpoint
 from llmcompress.checkpoint_output import Place
 from llmcompress.errors import RunError
 from llmcompress.grids import GRIDS
 from llmcompress.grids.floats import count_saturated, first_nonfinite, to_float32
+from llmcompress.step import is_linear
 from llmcompress.tensor_info import TensorInfo
 
 

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -29,7 +29,10 @@ from llmcompress.mix import ModelTraits
 from llmcompress.output import Output, OutputFile, output_paths, part_path, place, typed_metadata
 from llmcompress.recipe import SOURCE_TYPES, Recipe
 from llmcompress.sizes import format_size
-from llmcompress.step import Slab, Step, slab_rows, slabs_of, stored_type
+from llmcompress.step import Slab, Step, is_linear, slab_rows, slabs_of, stored_type
+
+if TYPE_CHECKING:
+    from llmcompress.methods.joint import Pruning
 
 SLAB_WEIGHTS = 2**19  # large enough to hide Python's cost, small enough to stay in a core's cache
 # Measured as peak resident memory above that after the imports: 10 bytes for each weight of each worker's slab;
@@ -81,6 +84,10 @@ class Plan:
         """What chooses a tensor's codes: the recipe's method where it can, else rounding to nearest."""
         possible = step.name in self.importance and layout_of(grid) is not None
         return self.recipe.method if possible else "nearest"
+
+    def pruning(self, step: Step) -> Pruning | None:
+        """What goes of a tensor in the sweep that quantizes it."""
+        return self.recipe.pruning if is_linear(step) else None
 
     @property
     def weights(self) -> int:
@@ -248,7 +255,21 @@ def _notes_on_methods(plan: Plan) -> list[str]:
         if step.name in plan.importance and plan.method(step, place.grid) != plan.recipe.method
     )
     listed = ", ".join(f"{count} {name}" for name, count in counts.items())
-    return [f"{plan.recipe.method} passes over, and rounds to nearest: {listed}"] if counts else []
+    notes = [f"{plan.recipe.method} passes over, and rounds to nearest: {listed}"] if counts else []
+    return [*notes, *_notes_on_zeros(plan)]
+
+
+def _notes_on_zeros(plan: Plan) -> list[str]:
+    """Which types will not keep the zeros of pruning."""
+    if not plan.recipe.prunes:
+        return []
+    from llmcompress.methods.joint import zeros_notes
+
+    places = (
+        (step, place.grid) for output in plan.outputs for step, place in zip(plan.steps, output.placements)
+    )
+    pruned = [(step.name, step.columns, grid) for step, grid in places if plan.pruning(step)]
+    return zeros_notes(pruned, plan.recipe.pruning)
 
 
 def _check_importance(

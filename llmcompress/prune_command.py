@@ -20,6 +20,15 @@ if TYPE_CHECKING:
     from llmcompress.progress import Progress
     from llmcompress.pruning_options import PruningOptions
 
+Sparsity = Annotated[
+    Optional[float],
+    typer.Option("--sparsity", metavar="SHARE", help="Of the weights of the blocks' linears that become zeros.  [default: of prune 0.5, or the pattern's]"),
+]  # fmt: skip
+Pattern = Annotated[
+    Optional[str],
+    typer.Option("--pattern", metavar="N:M", help="Of every M weights in a row N stay, such as 2:4. No runtime here runs it faster: vLLM and llm-compressor have dropped 2:4."),
+]  # fmt: skip
+
 # The options that only some methods know. A new method brings its name in JOBS, and what it alone understands here.
 ZEROS = ("magnitude", "wanda", "sparsegpt")
 BY_INPUTS = ("wanda", "sparsegpt")
@@ -49,13 +58,8 @@ def prune(
     method: Annotated[
         str, typer.Option("--method", metavar="METHOD", help="Which weights become zeros: magnitude, wanda, sparsegpt. Or what goes as a whole: layers, width, experts.")
     ] = "wanda",
-    sparsity: Annotated[
-        Optional[float], typer.Option("--sparsity", metavar="SHARE", help="Of a matrix's weights.  [default: 0.5, or the pattern's]")
-    ] = None,
-    pattern: Annotated[
-        Optional[str],
-        typer.Option("--pattern", metavar="N:M", help="Of every M weights in a row N stay, such as 2:4. No runtime here runs it faster: vLLM and llm-compressor have dropped 2:4."),
-    ] = None,
+    sparsity: Sparsity = None,
+    pattern: Pattern = None,
     whole_model: Annotated[bool, typer.Option("--global", help="Compare magnitudes across the whole model.")] = False,
     by_score: Annotated[
         bool, typer.Option("--by-score", help="Wanda's variant: rows give up the same share of their scores, not of their weights.")

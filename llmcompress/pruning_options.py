@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 import tomllib
 from collections.abc import Iterable, Mapping
@@ -88,11 +87,6 @@ class PruningOptions:
         if not self.group:
             return
         given = f"--pattern {self.group}"
-        if self.sparsity is not None and not math.isclose(self.sparsity, self.group.sparsity):
-            raise RecipeError(
-                f"{given} and --sparsity {self.sparsity:g}: of every {self.group.group} weights {self.group.kept} stay, "
-                f"a sparsity of {self.group.sparsity:g}; leave one out"
-            )
         for flag, set_ in (
             ("--global", self.whole_model),
             ("--shares", self.shares),
@@ -108,9 +102,9 @@ class PruningOptions:
         """The pattern, a `methods.masks.Pattern`, or None."""
         if self.pattern is None:
             return None
-        from llmcompress.methods.masks import parse_pattern  # Numba, which help does without
+        from llmcompress.methods.masks import matching_pattern  # Numba, which help does without
 
-        return parse_pattern(self.pattern)
+        return matching_pattern(self.pattern, self.sparsity)
 
     @property
     def share(self) -> float:

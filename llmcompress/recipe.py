@@ -8,8 +8,9 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llmcompress.errors import RecipeError, nearest
 from llmcompress.filetypes import TypeOverrides, find_file_type
@@ -17,6 +18,9 @@ from llmcompress.grids.effort import check_effort
 from llmcompress.grids.integer import BITS, GROUPS
 from llmcompress.methods import METHODS
 from llmcompress.sizes import parse_count, parse_size
+
+if TYPE_CHECKING:
+    from llmcompress.methods.joint import Pruning
 
 SOURCE_TYPES = ("AUTO", "COPY")  # file types that the checkpoint decides
 VERIFY = ("off", "sample", "full")
@@ -66,6 +70,8 @@ class Recipe:
     group_size: int = 128  # weights that share a scale; -1: a row
     sym: bool = True  # zero in the middle of the codes
     desc_act: bool = False  # columns are rounded in the order of their importance
+    sparsity: float | None = None  # of the linears of the blocks: pruned by SparseGPT in the same sweep
+    pattern: str | None = None  # the same as N:M, such as 2:4
     double_quant: bool = False  # of nf4 and fp4: scales in eight bits
     storage: str = "uint8"  # what nf4's and fp4's bytes count as
     keep: tuple[str, ...] = ()  # modules that stay as they are, as llm_int8_skip_modules names them
@@ -108,6 +114,7 @@ class Recipe:
         given = [name for name in ("imatrix", "hessian", "calibrate") if getattr(self, name)]
         if len(given) > 1:
             raise RecipeError(f"{given[0]} and {given[1]}: each gives the importance; leave one out")
+        self._check_pruning()
         self._check_format()
         self._check_target()
         if self.threads is not None and self.threads < 1:
@@ -136,6 +143,37 @@ class Recipe:
             raise RecipeError(
                 "desc_act: the order is that of the inputs: add --calibrate, or --hessian with a calibrated folder"
             )
+
+    def _check_pruning(self) -> None:
+        if not self.prunes:
+            return
+        flag = "sparsity" if self.sparsity is not None else "pattern"
+        if self.method != "gptq":
+            raise RecipeError(
+                f"{flag}: prunes in the sweep of gptq; add --method gptq, or take `llmcompress prune`"
+            )
+        if self.sparsity is not None and not (type(self.sparsity) in (int, float) and 0 < self.sparsity < 1):
+            raise RecipeError(
+                f"sparsity: {self.sparsity!r} is no share of the weights; give a number between 0 and 1"
+            )
+        if self.has_target:
+            raise RecipeError(
+                f"{flag}: a target measures errors without pruning; give types, or take `llmcompress prune`"
+            )
+        _ = self.pruning  # raises for a pattern that is none
+
+    @property
+    def prunes(self) -> bool:
+        return self.sparsity is not None or self.pattern is not None
+
+    @cached_property
+    def pruning(self) -> Pruning | None:
+        """What goes in the sweep that quantizes."""
+        if not self.prunes:
+            return None
+        from llmcompress.methods.joint import pruning_of
+
+        return pruning_of(self.sparsity, self.pattern)
 
     def _check_target(self) -> None:
         if self.confirm < 0:
@@ -212,6 +250,9 @@ def _field(key: str, value: Any, label: str) -> Any:
             return tuple((pattern, name) for pattern, name in pairs)
     elif key in ("max_ram", "split_max_size", "target_size"):
         return parse_size(value, label)
+    elif key == "sparsity":
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            return float(value)
     elif key == "target_bpw":
         return _bits(value, label)
     elif key == "tokens":

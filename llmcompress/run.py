@@ -203,7 +203,7 @@ def _do_slab(
             number,
             place,
             _position(step, slab, place),
-            weights.encoded(place.grid, importance, effort, solver),
+            weights.encoded(place.grid, importance, effort, solver, plan.pruning(step)),
         )
         for number, place in places
     )

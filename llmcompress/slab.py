@@ -17,6 +17,7 @@ from llmcompress.step import Piece, Slab, Step
 
 if TYPE_CHECKING:
     from llmcompress.methods.gptq import Solver
+    from llmcompress.methods.joint import Pruning
 
 LARGEST = {"F16": 65504.0, "BF16": 3.3895314e38}
 
@@ -44,11 +45,20 @@ class Weights:
         return compute(values) if compute else values
 
     def encoded(
-        self, grid: Grid, importance: np.ndarray | None, effort: str = "normal", solver: Solver | None = None
+        self,
+        grid: Grid,
+        importance: np.ndarray | None,
+        effort: str = "normal",
+        solver: Solver | None = None,
+        pruning: Pruning | None = None,
     ) -> np.ndarray:
-        """uint8 `(rows, row_bytes)`; the checkpoint's own bytes where the type does not change.
+        """uint8 `(rows, row_bytes)`; the checkpoint's own bytes where the type does not change and nothing is pruned.
 
         With a solver by GPTQ, where the grid's codes can be chosen one by one, else rounded to nearest."""
+        if pruning:
+            from llmcompress.methods import joint
+
+            return joint.quantize(self.float32, grid, solver, importance, effort, pruning)
         if grid.name == self.dtype and self.step.operation.compute is None:
             return self.raw.view(np.uint8)
         if self.packed and grid.name == self.step.packed:

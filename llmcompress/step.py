@@ -102,6 +102,12 @@ class Slab:
     rows: int
 
 
+def is_linear(step: Step) -> bool:
+    """Whether a tensor of the GGUF is a matrix of a decoder block and neither norm nor router."""
+    block_matrix = step.name.startswith("blk.") and step.name.endswith(".weight") and len(step.shape) > 1
+    return block_matrix and not any(part in step.name for part in NEVER_QUANTIZED)
+
+
 def stored_type(step: Step) -> str:
     """The type an unquantized GGUF holds the tensor in: float32 for what is never quantized, such as norms and
     routers, and the checkpoint's own for matrices; what is packed stays so."""

@@ -20,6 +20,7 @@ from llmcompress.step import Slab
 
 SAMPLED_WEIGHTS = 2**17  # of each tensor, as a rule
 NO_RESEMBLANCE = 0.9  # relative error; rows in the wrong place are at 1.4, the coarsest format at 0.6
+PRUNED_RESEMBLANCE = 1.2
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,8 @@ def _compare(plan: Plan, files: list[list[GGUFFile]], slab: Slab) -> list[Fideli
             raise RunError(f"{file.path}: {step.name} decodes to a NaN or infinity near row {slab.first}")
         np.subtract(decoded, source.float32, out=decoded)
         fidelity = Fidelity(slab.rows, squares(decoded), squares(source.float32))
-        if place.grid.name == step.dtype and step.operation.compute is None and fidelity.squared_error:
+        unchanged = place.grid.name == step.dtype and not plan.pruning(step)
+        if unchanged and step.operation.compute is None and fidelity.squared_error:
             raise RunError(
                 f"{file.path}: {step.name} was copied and yet differs from its source near row {slab.first}"
             )
@@ -135,11 +137,12 @@ def _resembling(plan: Plan, number: int, index: int, parts: list[tuple[int, Fide
     total = sum((fidelity for _, fidelity in parts), Fidelity())
     for first, part in parts:
         usual = total.squared_weights * part.rows / total.rows
-        if part.squared_error > NO_RESEMBLANCE**2 * max(part.squared_weights, usual):
+        allowed = PRUNED_RESEMBLANCE if plan.pruning(plan.steps[index]) else NO_RESEMBLANCE
+        if part.squared_error > allowed**2 * max(part.squared_weights, usual):
             place = plan.outputs[number].placements[index]
             raise RunError(
                 f"{plan.outputs[number].files[place.file].path}: {plan.steps[index].name} as {place.grid.name} does not "
                 f"resemble its source near row {first} (relative error {part.relative_error:.3g}, allowed "
-                f"{NO_RESEMBLANCE}); give it a larger type with --tensor-type, or see whether the disk is sound"
+                f"{allowed}); give it a larger type with --tensor-type, or see whether the disk is sound"
             )
     return total

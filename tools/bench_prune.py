@@ -118,7 +118,28 @@ def table(subject: Subject) -> None:
 
 
 def joint(subject: Subject) -> None:
-    """Print the two divergences."""
+    """Print the divergences of the ways to a Q3_K file in which half of the blocks' weights are zeros."""
+    print("| model | Q3_K, half of the weights zeros | KL |\n|---|---|---:|")
+    common = {"type": "Q3_K_S", "pure": True, "token_embedding_type": "F32", "output_tensor_type": "F32", "method": "gptq",
+              "calibrate": True, **subject.given}  # fmt: skip
+    folder, _ = subject.pruned("pruned", method="sparsegpt", sparsity=0.5)
+    kl: dict[str, float] = {}
+    for way, source, options in (
+        ("gptq alone, no zeros", subject.model, {}),
+        ("sparsegpt, then gptq on the pruned model's inputs", folder, {}),
+        ("sparsegpt, then gptq, sequential", folder, {"sequential": True}),
+        ("in one sweep", subject.model, {"sparsity": 0.5}),
+        ("in one sweep, sequential", subject.model, {"sparsity": 0.5, "sequential": True}),
+    ):
+        out = subject.work / "out.gguf"
+        llmcompress.quantize(source, out, **common, **options)
+        kl[way] = subject.figure(out, "mean_kl", subject.model)
+        print(f"| {subject.model.name} | {way} | {kl[way]:.6f} |", flush=True)
+    _, after, after_sequential, once, once_sequential = kl.values()
+    print("\n| model | bar | measured | bar | |\n|---|---|---:|---:|---|")
+    bar(subject, "joint, KL in one sweep / pruning first", once / after, 1)
+    bar(subject, "joint, the same, both sequential", once_sequential / after_sequential, 1)
+    print(flush=True)
 
 
 def bar(subject: Subject, what: str, measured: float, most: float) -> None:

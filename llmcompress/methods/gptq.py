@@ -37,6 +37,7 @@ from llmcompress.grids.grid import Grid
 from llmcompress.grids.lanes import WIDTH as LANES
 from llmcompress.methods.columns import HALF, SINGLE, WHOLE, descend, move_pairs, refit, sweep
 from llmcompress.methods.entries import book_tables, descend_entries, sweep_entries
+from llmcompress.methods.exact_zero import zero_code
 
 WIDTH = 256  # columns whose codes are chosen before the rest hears of their errors: a multiple of most blocks
 DAMPING = 0.01  # of the mean of H's diagonal; doubled while H is not positive definite
@@ -117,25 +118,36 @@ def supports(grid: Grid) -> bool:
 
 
 def quantize(
-    weights: np.ndarray, grid: Grid, solver: Solver, effort: str = "normal", act_order: bool = False
+    weights: np.ndarray,
+    grid: Grid,
+    solver: Solver,
+    effort: str = "normal",
+    act_order: bool = False,
+    gone: np.ndarray | None = None,
 ) -> np.ndarray:
     """Round float32 (rows, columns) to `grid`; returns uint8 (rows, row_bytes).
 
     No row has a larger error e H eᵀ than rounded to nearest with the importance diag(H). With `act_order` the columns
     are rounded in the order of their importance, on the scales of rounding to nearest; so they are where blocks
-    are wider than a sweep.
+    are wider than a sweep. `gone`, bool (rows, columns): pruned, so zero, for which the others make up; the grid has a
+    `zero_code`.
     """
-    nearest = grid.quantize(weights, solver.importance, effort)
+    nearest = grid.quantize(_without(weights, gone), solver.importance, effort)
     if solver.factor is None or not supports(grid):
         return nearest
     if act_order or WIDTH % grid.block:
-        fed = _feed_errors_on(weights, grid, nearest, solver, act_order)
+        fed = _feed_errors_on(weights, grid, nearest, solver, act_order, gone)
     else:
-        fed = _feed_errors(weights, grid, solver, effort)
-    best, errors = _settle(weights, grid, fed, solver, PASSES[effort])
+        fed = _feed_errors(weights, grid, solver, effort, gone)
+    best, errors = _settle(weights, grid, fed, solver, PASSES[effort], gone)
     worse = errors > _errors(weights - grid.dequantize(nearest), solver)
     best[worse] = nearest[worse]
     return best
+
+
+def _without(values: np.ndarray, gone: np.ndarray | None, columns: slice = slice(None)) -> np.ndarray:
+    """Zeros for what is gone of some columns. A weight on a scale of zero stays what it is in all that follows."""
+    return values if gone is None else np.where(gone[:, columns], np.float32(0), values)
 
 
 def _factor(hessian: torch.Tensor) -> tuple[torch.Tensor | None, str]:
@@ -185,7 +197,9 @@ def _cholesky(matrix: torch.Tensor) -> torch.Tensor | None:
     return matrix.tril_()
 
 
-def _feed_errors(weights: np.ndarray, grid: Grid, solver: Solver, effort: str) -> np.ndarray:
+def _feed_errors(
+    weights: np.ndarray, grid: Grid, solver: Solver, effort: str, gone: np.ndarray | None
+) -> np.ndarray:
     """GPTQ's sweep over the columns, scales fitted as it gets to them; returns encoded rows."""
     left = weights.copy()  # the weights, less what the errors so far ask of them
     encoded = []
@@ -193,8 +207,12 @@ def _feed_errors(weights: np.ndarray, grid: Grid, solver: Solver, effort: str) -
         block = slice(first, first + WIDTH)
         target, least = np.ascontiguousarray(left[:, block]), np.full(len(left), np.inf, np.float32)
         for power in WEIGHINGS[effort]:
-            tried = grid.quantize(target, solver.conditional[block] ** np.float32(power), effort)
-            codes, made = _round_block(target, *lattice_of(grid, tried), grid, solver.factor[block, block])
+            weighing = solver.conditional[block] ** np.float32(power)
+            tried = grid.quantize(_without(target, gone, block), weighing, effort)
+            lattice = (_without(numbers, gone, block) for numbers in lattice_of(grid, tried))
+            codes, made = _round_block(target, *lattice, grid, solver.factor[block, block])
+            if gone is not None:
+                codes[gone[:, block]] = zero_code(grid)
             cost = (made * made).sum(1)
             tried, better = put_codes(grid, tried, codes), cost < least
             if power == WEIGHINGS[effort][0]:
@@ -207,12 +225,17 @@ def _feed_errors(weights: np.ndarray, grid: Grid, solver: Solver, effort: str) -
 
 
 def _feed_errors_on(
-    weights: np.ndarray, grid: Grid, data: np.ndarray, solver: Solver, act_order: bool
+    weights: np.ndarray,
+    grid: Grid,
+    data: np.ndarray,
+    solver: Solver,
+    act_order: bool,
+    gone: np.ndarray | None,
 ) -> np.ndarray:
     """The sweep on the scales of `data`, encoded rows, in either order of the columns."""
     order, ordered = solver.by_importance if act_order else (slice(None), solver)
     left = weights[:, order].copy()
-    scale, offset = (lattice[:, order] for lattice in lattice_of(grid, data))
+    scale, offset = (_without(numbers, gone)[:, order] for numbers in lattice_of(grid, data))
     codes = np.empty(weights.shape, np.uint8)
     for first in range(0, weights.shape[1], WIDTH):
         block = slice(first, first + WIDTH)
@@ -222,6 +245,8 @@ def _feed_errors_on(
         left[:, block.stop :] -= product(errors, ordered.factor[block, block.stop :])
     if act_order:
         codes[:, order] = codes.copy()
+    if gone is not None:
+        codes[gone] = zero_code(grid)
     return put_codes(grid, data, codes)
 
 
@@ -244,7 +269,12 @@ def _round_block(
 
 
 def _settle(
-    weights: np.ndarray, grid: Grid, data: np.ndarray, solver: Solver, passes: int
+    weights: np.ndarray,
+    grid: Grid,
+    data: np.ndarray,
+    solver: Solver,
+    passes: int,
+    gone: np.ndarray | None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Codes and scales of each block moved to where the row's error is least, given the rest; and e H eᵀ of every row."""
     data, errors = data.copy(), weights - grid.dequantize(data)
@@ -255,7 +285,8 @@ def _settle(
         for first in range(0, weights.shape[1], width):
             block = slice(first, first + width)
             held = slice(first // grid.block * grid.block_bytes, block.stop // grid.block * grid.block_bytes)
-            settled = _settle_block(grid, data[:, held], pull[:, block], solver.damped[block, block])
+            out = None if gone is None else gone[:, block]
+            settled = _settle_block(grid, data[:, held], pull[:, block], solver.damped[block, block], out)
             moved = weights[:, block] - grid.dequantize(settled)
             change = errors[:, block] - moved
             rows = np.flatnonzero(change.any(1))
@@ -267,19 +298,23 @@ def _settle(
     return data, (pull * errors - solver.ridge * errors * errors).sum(1)
 
 
-def _settle_block(grid: Grid, data: np.ndarray, pull: np.ndarray, hessian: np.ndarray) -> np.ndarray:
+def _settle_block(
+    grid: Grid, data: np.ndarray, pull: np.ndarray, hessian: np.ndarray, gone: np.ndarray | None
+) -> np.ndarray:
     """One block's encoded rows, with better numbers. pull: e H of its columns, hessian: their block of H."""
     data, pull, hessian = np.ascontiguousarray(data), pull.copy(), np.ascontiguousarray(hessian)
-    data = _move_codes(grid, data, pull, hessian, pairs=False)
+    data = _move_codes(grid, data, pull, hessian, gone, pairs=False)
     data = _refit(grid, data, pull, hessian)
-    return _move_codes(grid, data, pull, hessian, pairs=len(hessian) <= WIDTH and len(hessian) % LANES == 0)
+    pairs = len(hessian) <= WIDTH and len(hessian) % LANES == 0
+    return _move_codes(grid, data, pull, hessian, gone, pairs)
 
 
 def _move_codes(
-    grid: Grid, data: np.ndarray, pull: np.ndarray, hessian: np.ndarray, pairs: bool
+    grid: Grid, data: np.ndarray, pull: np.ndarray, hessian: np.ndarray, gone: np.ndarray | None, pairs: bool
 ) -> np.ndarray:
     """Codes moved to where they are best, the scales fixed; `pull` follows."""
     (scale, _), codes, book = lattice_of(grid, data), get_codes(grid, data), book_of(grid)
+    scale = _without(scale, gone)
     importance = hessian.diagonal()
     if book is None:
         order = np.argsort(-importance, kind="stable")

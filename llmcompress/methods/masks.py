@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 
@@ -38,6 +39,17 @@ def parse_pattern(text: str) -> Pattern:
             f"{LARGEST_GROUP}"
         )
     return Pattern(kept, group)
+
+
+def matching_pattern(text: str, sparsity: float | None) -> Pattern:
+    """The pattern, which goes with the sparsity where one is given. Raises RecipeError."""
+    pattern = parse_pattern(text)
+    if sparsity is not None and not math.isclose(sparsity, pattern.sparsity):
+        raise RecipeError(
+            f"--pattern {pattern} and --sparsity {sparsity:g}: of every {pattern.group} weights {pattern.kept} stay, "
+            f"a sparsity of {pattern.sparsity:g}; leave one out"
+        )
+    return pattern
 
 
 def count_of(size: int, share: float) -> int:

@@ -1,0 +1,73 @@
+"""Pruning and quantizing in one go: SparseGPT says what goes, and GPTQ rounds the rest so that it makes up for both.
+
+Where a number format holds no exact zero, what SparseGPT leaves is rounded as any other weights are.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from llmcompress.errors import PlanError
+from llmcompress.filetypes import FLOATS
+from llmcompress.grids.grid import Grid
+from llmcompress.methods import gptq, sparsegpt, wanda
+from llmcompress.methods.exact_zero import zero_code
+from llmcompress.methods.masks import Pattern, matching_pattern
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """What goes of every row: a share, or with a pattern that of each group."""
+
+    share: float
+    pattern: Pattern | None = None
+
+
+def pruning_of(sparsity: float | None, pattern: str | None) -> Pruning:
+    """From what a recipe says. Raises RecipeError."""
+    group = matching_pattern(pattern, sparsity) if pattern else None
+    return Pruning(group.sparsity if group else sparsity, group)
+
+
+def zeros_notes(pruned: Sequence[tuple[str, int, Grid]], pruning: Pruning) -> list[str]:
+    """Which number formats will not keep the zeros, of tensors by name, columns and format. Raises PlanError for a pattern
+    that rows do not divide into."""
+    group = pruning.pattern.group if pruning.pattern else 1
+    for name, columns, _ in pruned:
+        if columns % group:
+            raise PlanError(
+                f"--pattern {pruning.pattern}: {name} has {columns} inputs, no multiple of {group}"
+            )
+    lost = Counter(grid.name for *_, grid in pruned if grid.name not in FLOATS and zero_code(grid) is None)
+    listed = ", ".join(f"{count} {name}" for name, count in lost.items())
+    kept = "Q3_K, Q6_K, Q8_0, Q4_0, Q5_0, NF4 and symmetric GPTQ do"
+    return [f"zeros will not survive in {listed}: no exact zero; {kept}"] if lost else []
+
+
+def quantize(
+    weights: np.ndarray,
+    grid: Grid,
+    solver: gptq.Solver | None,
+    importance: np.ndarray | None,
+    effort: str,
+    pruning: Pruning,
+    act_order: bool = False,
+) -> np.ndarray:
+    """Prune and round float32 (rows, columns) to `grid`, rows independent of each other; uint8 (rows, row_bytes).
+
+    Without a solver that has a factor by Wanda, with the `importance` (columns,), and to nearest."""
+    share, pattern = pruning.share, pruning.pattern
+    if solver is None or solver.factor is None:
+        squares = np.ones(weights.shape[1], np.float32) if importance is None else importance
+        return grid.quantize(
+            np.where(wanda.mask(weights, squares, share, pattern), 0, weights), importance, effort
+        )
+    if zero_code(grid) is None:
+        left = sparsegpt.prune(weights, solver, share, pattern, effort, by_row=True)
+        return gptq.quantize(left, grid, solver, effort, act_order)
+    gone = sparsegpt.prune(weights, solver, share, pattern, "fast", by_row=True) == 0
+    return gptq.quantize(weights, grid, solver, effort, act_order, gone)
