@@ -228,8 +228,9 @@ def _importance(plan: Plan, step: Step, slab: Slab) -> np.ndarray | None:
 
 
 def _solver(plan: Plan, step: Step, slab: Slab, grids: list[Grid]) -> Solver | None:
-    """What GPTQ needs for a slab; None where it quantizes no output of it, or has too little data."""
-    if all(plan.method(step, grid) != "gptq" for grid in grids):
+    """What GPTQ needs for a slab; None where it neither quantizes nor prunes any output of it, or has too little data."""
+    pruned = plan.pruning(step) and step.name in plan.importance
+    if not pruned and all(plan.method(step, grid) != "gptq" for grid in grids):
         return None
     return plan.importance.solver(step.name, _matrix(step, slab))
 

@@ -7,8 +7,8 @@
 table: perplexity on held-out text of the dense model and of what `prune` makes of it, by method, for half of the weights
     of every matrix, 4:8 and 2:4; the published perplexities of LLaMA-2-7B on wikitext2 beside them. Then the ways
     of dividing half of the weights up: over the whole model, by the rows' scores, by the blocks' outliers (OWL).
-joint: mean KL divergence of a Q3_K file made in one sweep with pruning, and of one that is quantized, by the same method
-    on the same tokens, after pruning.
+joint: mean KL divergence of a Q3_K file whose weights were pruned and rounded in one sweep, and of those that were pruned
+    first and quantized after, on the same tokens.
 memory: peak of pruning a large bf16 checkpoint by sparsegpt, above the interpreter with its libraries.
 
 Prints the rows of each part, with bars and whether they are met.
@@ -22,12 +22,15 @@ import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from llmcompress.converters.evaluation import EvaluationOptions, evaluate_model
 from measure import machine, measure
 
 import llmcompress
+from llmcompress.gguf.reader import GGUFFile
+from llmcompress.grids import GRIDS
 from llmcompress.progress import Progress
 from llmcompress.sizes import format_size
 
@@ -76,7 +79,7 @@ class Subject:
         return out, report.sparsity
 
 
-def table(subject: Subject) -> None:
+def table(subject: Subject, methods: Sequence[str]) -> None:
     """Print a row for each shape and method, then the bars."""
     dense = subject.figure(subject.model, "perplexity")
     print(
@@ -96,10 +99,12 @@ def table(subject: Subject) -> None:
         )
 
     for shape, options in SHAPES.items():
-        for method in METHODS:
+        for method in methods:
             row(shape, method, PUBLISHED[shape].get(method, ""), method=method, **options)
-    for name, options in DIVISIONS.items():
+    for name, options in DIVISIONS.items() if set(methods) == set(METHODS) else ():
         row("50 %", name, sparsity=0.5, **options)
+    if set(methods) != set(METHODS):
+        return
     print("\n| model | bar | measured | bar | |\n|---|---|---:|---:|---|")
     for shape in ("50 %", "2:4"):
         bar(
@@ -119,27 +124,41 @@ def table(subject: Subject) -> None:
 
 def joint(subject: Subject) -> None:
     """Print the divergences of the ways to a Q3_K file in which half of the blocks' weights are zeros."""
-    print("| model | Q3_K, half of the weights zeros | KL |\n|---|---|---:|")
-    common = {"type": "Q3_K_S", "pure": True, "token_embedding_type": "F32", "output_tensor_type": "F32", "method": "gptq",
+    print(
+        "| model | Q3_K, half of the blocks' weights pruned by sparsegpt | zeros | KL |\n|---|---|---:|---:|"
+    )
+    common = {"type": "Q3_K_S", "pure": True, "token_embedding_type": "F32", "output_tensor_type": "F32",
               "calibrate": True, **subject.given}  # fmt: skip
     folder, _ = subject.pruned("pruned", method="sparsegpt", sparsity=0.5)
-    kl: dict[str, float] = {}
+    found = []
     for way, source, options in (
-        ("gptq alone, no zeros", subject.model, {}),
-        ("sparsegpt, then gptq on the pruned model's inputs", folder, {}),
-        ("sparsegpt, then gptq, sequential", folder, {"sequential": True}),
-        ("in one sweep", subject.model, {"sparsity": 0.5}),
-        ("in one sweep, sequential", subject.model, {"sparsity": 0.5, "sequential": True}),
+        ("not pruned, gptq", subject.model, {"method": "gptq"}),
+        ("pruned, then rounded to nearest with importance", folder, {}),
+        ("pruned, then gptq, which fills zeros", folder, {"method": "gptq"}),
+        ("in one sweep", subject.model, {"method": "gptq", "sparsity": 0.5}),
+        ("in one sweep, sequential", subject.model, {"method": "gptq", "sparsity": 0.5, "sequential": True}),
     ):
         out = subject.work / "out.gguf"
         llmcompress.quantize(source, out, **common, **options)
-        kl[way] = subject.figure(out, "mean_kl", subject.model)
-        print(f"| {subject.model.name} | {way} | {kl[way]:.6f} |", flush=True)
-    _, after, after_sequential, once, once_sequential = kl.values()
+        found.append(subject.figure(out, "mean_kl", subject.model))
+        print(f"| {subject.model.name} | {way} | {zeros_of(out):.1%} | {found[-1]:.6f} |", flush=True)
+    _, nearest, filled, once, sequential = found
     print("\n| model | bar | measured | bar | |\n|---|---|---:|---:|---|")
-    bar(subject, "joint, KL in one sweep / pruning first", once / after, 1)
-    bar(subject, "joint, the same, both sequential", once_sequential / after_sequential, 1)
+    bar(subject, "joint: KL in one sweep / pruned, then rounded", once / nearest, 1)
+    bar(subject, "joint, sequential: the same", sequential / nearest, 1)
+    bar(subject, "joint, sequential: KL / pruned, then gptq, which fills zeros", sequential / filled, 1)
     print(flush=True)
+
+
+def zeros_of(path: Path) -> float:
+    """The share of zeros among the weights of the blocks' matrices."""
+    zeros = weights = 0
+    with GGUFFile.open(path) as file:
+        for name, tensor in file.tensors.items():
+            if tensor.type.name == "Q3_K":
+                values = GRIDS["Q3_K"].dequantize(file.read(name))
+                zeros, weights = zeros + int((values == 0).sum()), weights + values.size
+    return zeros / weights
 
 
 def bar(subject: Subject, what: str, measured: float, most: float) -> None:
@@ -179,6 +198,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_written)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--models", nargs="+", type=Path, default=MODELS)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, help="for the table")
     parser.add_argument("--calibration", type=Path, default=CORPUS / "calibration.txt")
     parser.add_argument("--held-out", type=Path, default=CORPUS / "heldout.txt")
     parser.add_argument("--memory-size", default="3b", help="of the checkpoint for the memory")
@@ -193,7 +213,7 @@ def main() -> int:
         with tempfile.TemporaryDirectory(prefix="bench-prune-") as work:
             subject = Subject(model, given.calibration, given.held_out, Path(work))
             if "table" in given.parts:
-                table(subject)
+                table(subject, given.methods)
             if "joint" in given.parts:
                 joint(subject)
     if "memory" in given.parts:

