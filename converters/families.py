@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from llmcompress.converters.apertus import APERTUS
 from llmcompress.converters.arcee import ARCEE
 from llmcompress.converters.architecture import Architecture, steps_of
 from llmcompress.converters.bloom import BLOOM
@@ -11,6 +12,7 @@ from llmcompress.converters.deepseek import DEEPSEEK2, DEEPSEEK3
 from llmcompress.converters.ernie import ERNIE4_5, ERNIE4_5_MOE
 from llmcompress.converters.exaone import EXAONE4
 from llmcompress.converters.falcon import FALCON
+from llmcompress.converters.falcon_h1 import FALCON_H1
 from llmcompress.converters.gemma import GEMMA, GEMMA2, GEMMA3
 from llmcompress.converters.gemma3n import GEMMA3N
 from llmcompress.converters.gemma4 import GEMMA4
@@ -18,7 +20,14 @@ from llmcompress.converters.glm import GLM, GLM4, GLM4_MOE
 from llmcompress.converters.gpt2 import GPT2
 from llmcompress.converters.gpt_neox import GPT_NEOX
 from llmcompress.converters.gpt_oss import GPT_OSS
-from llmcompress.converters.granite import GRANITE, GRANITE_HYBRID, GRANITE_MOE
+from llmcompress.converters.granite import (
+    GRANITE,
+    GRANITE_ATTENTION,
+    GRANITE_ATTENTION_MOE,
+    GRANITE_HYBRID,
+    GRANITE_HYBRID_DENSE,
+    GRANITE_MOE,
+)
 from llmcompress.converters.hunyuan import HUNYUAN_DENSE, HUNYUAN_MOE
 from llmcompress.converters.jamba import JAMBA
 from llmcompress.converters.lfm2 import LFM2, LFM2_MOE
@@ -40,6 +49,7 @@ from llmcompress.converters.multimodal import (
     QWEN35_SEES,
 )
 from llmcompress.converters.nemotron import NEMOTRON
+from llmcompress.converters.nemotron_h import NEMOTRON_H, NEMOTRON_H_MOE
 from llmcompress.converters.olmo import OLMO2, OLMO3, OLMOE
 from llmcompress.converters.phi import PHI2, PHI3, PHIMOE
 from llmcompress.converters.qwen import QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE
@@ -79,10 +89,12 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     BLOOM,
     MPT,
     FALCON,
+    FALCON_H1,
     STARCODER2,
     STABLELM,
     SMOLLM3,
     ARCEE,
+    APERTUS,
     SEED_OSS,
     OLMO2,
     OLMO3,
@@ -90,9 +102,14 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     GRANITE,
     GRANITE_MOE,
     GRANITE_HYBRID,
+    GRANITE_HYBRID_DENSE,
+    GRANITE_ATTENTION,
+    GRANITE_ATTENTION_MOE,
     COHERE,
     COHERE2,
     NEMOTRON,
+    NEMOTRON_H,
+    NEMOTRON_H_MOE,
     EXAONE4,
     GLM,
     GLM4,
@@ -119,7 +136,9 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     GEMMA4_SEES,
     KIMI_K25,
 )
-CLASSES: dict[str, Architecture] = {name: family for family in ARCHITECTURES for name in family.classes}
+CLASSES: dict[str, Architecture] = {
+    name: family for family in reversed(ARCHITECTURES) for name in family.classes
+}
 
 
 def find_architecture(config: Config) -> Architecture:
@@ -132,7 +151,8 @@ def find_architecture(config: Config) -> Architecture:
         )
     for name in classes:
         if name in CLASSES:
-            return CLASSES[name]
+            family = CLASSES[name]
+            return family.instead(family.config(config.values)) or family
     raise PlanError(
         f"config.json: no table for {' or '.join(map(str, classes))}{nearest(str(classes[0]), CLASSES)} "
         "; if it is one of those underneath, name that with --architecture"

@@ -157,14 +157,14 @@ def _head(architecture: Architecture, reference: Checkpoint, steps: Iterable[Ste
 
 def _check(step: Step, holders: dict[str, GGUFFile], first: GGUFFile, reference: Checkpoint) -> None:
     """Raises GGUFError unless the file has the tensor `step` makes, in its shape and a type that can be decoded."""
-    stored, made = _stored(step.name, holders), shape_text(step.shape)
+    stored, made = _stored(step.name, holders), shape_text(step.stored_shape)
     if stored is None:
         raise GGUFError(
             f"{first.path}: no tensor {step.name} ({made}), which {_source(step)} becomes"
             f"{nearest(step.name, holders) or f'; {REMEDY}'}"
         )
     where = f"{holders[step.name].path}: tensor {step.name}"
-    if stored.shape != step.shape:
+    if stored.shape != step.stored_shape:
         raise GGUFError(
             f"{where} is {shape_text(stored.shape)}, {_source(step)} of {reference.directory} makes it "
             f"{made}; {REMEDY}"

@@ -132,7 +132,7 @@ def make_plan(
     file_types = list(dict.fromkeys(_file_type(name, steps, metadata) for name in names)) or [
         target.file_type
     ]
-    tensors = [(step.name, step.shape, stored_type(step)) for step in steps]
+    tensors = [(step.name, step.stored_shape, stored_type(step)) for step in steps]
     choices = {
         file_type: choose_types(file_type, tensors, traits, recipe.overrides) for file_type in file_types
     }

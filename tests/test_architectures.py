@@ -15,7 +15,7 @@ from tiny_models import BYTE_BPE, FUSED, MODELS, SENTENCEPIECE, build
 import llmcompress
 
 NAMES = [*MODELS, *(f"{name}-fused" for name in FUSED)]
-TOKENS = 96  # enough for sliding windows of 16 and the long-context scalings to show
+TOKENS = 256  # far enough for sliding windows of 16 and the long-context scalings to show
 TEXT = (
     "Once upon a time there was a little girl. She said: 'Prince Andrew, what is 12 + 30?' def f(x): return x * 2\n"
     * 4
@@ -49,10 +49,12 @@ def ids_of(folder: Path) -> list[int]:
 
 
 def assert_same_logits(found: np.ndarray, wanted: np.ndarray, share: float) -> None:
-    """The largest difference is under `share` of the logits' range, and the top token the same everywhere."""
+    """The largest difference is under `share` of the logits' range, and the top token the same everywhere, where
+    float32 tells the model's own first from its second."""
     assert np.ptp(wanted) > 5, "logits this flat would prove nothing"
     assert np.abs(found - wanted).max() < share * np.ptp(wanted)
-    assert (found.argmax(-1) == wanted.argmax(-1)).all()
+    top = np.take_along_axis(wanted, found.argmax(-1)[:, None], -1)[:, 0]
+    assert (wanted.max(-1) - top <= 1e-6 * np.ptp(wanted)).all()
 
 
 @pytest.mark.parametrize("name", NAMES)

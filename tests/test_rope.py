@@ -98,6 +98,7 @@ READ_TENSORS = {
     "GraniteForCausalLM",
     "GraniteMoeForCausalLM",
     "GraniteMoeHybridForCausalLM",
+    "ApertusForCausalLM",
 }  # llama.cpp's graphs
 LLAMA3_ALONE = {"ArceeForCausalLM", "Exaone4ForCausalLM", "Llama4ForCausalLM"}
 ELSE = {
@@ -108,8 +109,12 @@ ELSE = {
     "mamba",
     "mamba2",
     "jamba",
+    "nemotron_h",
+    "nemotron_h_moe",
 }  # no rope, or one that their check looks at
-ROTARY = [family.classes[0] for family in ARCHITECTURES if family.name not in ELSE and not family.text]
+ROTARY = list(
+    dict.fromkeys(f.classes[0] for f in ARCHITECTURES if f.name not in ELSE and not f.text)
+)
 
 
 def keys_of(kind: str, rope: dict[str, Any] | None = None, **values: Any) -> dict[str, Any]:

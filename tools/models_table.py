@@ -36,7 +36,8 @@ def models() -> str:
     for family in ARCHITECTURES:
         for name in family.classes:
             proof = proved.get(name, TEXT if family.text else NONE)
-            rows.setdefault((family.name, proof), []).append(name)
+            of_row = rows.setdefault((family.name, proof), [])
+            of_row += [name] if name not in of_row else []
     return table(
         ("`general.architecture`", "classes", "proof"),
         [(f"`{name}`", ", ".join(classes), proof) for (name, proof), classes in rows.items()],
