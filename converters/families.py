@@ -5,6 +5,7 @@ from __future__ import annotations
 from llmcompress.converters.apertus import APERTUS
 from llmcompress.converters.arcee import ARCEE
 from llmcompress.converters.architecture import Architecture, steps_of
+from llmcompress.converters.bailing import BAILING_MOE, BAILING_MOE2
 from llmcompress.converters.bloom import BLOOM
 from llmcompress.converters.cohere import COHERE, COHERE2
 from llmcompress.converters.config import Config
@@ -29,11 +30,13 @@ from llmcompress.converters.granite import (
     GRANITE_MOE,
 )
 from llmcompress.converters.hunyuan import HUNYUAN_DENSE, HUNYUAN_MOE
+from llmcompress.converters.internlm2 import INTERNLM2
 from llmcompress.converters.jamba import JAMBA
 from llmcompress.converters.lfm2 import LFM2, LFM2_MOE
 from llmcompress.converters.llama import LLAMA, MISTRAL
 from llmcompress.converters.llama4 import LLAMA4
 from llmcompress.converters.mamba import MAMBA, MAMBA2
+from llmcompress.converters.minicpm import MINICPM
 from llmcompress.converters.minimax import MINIMAX_M2
 from llmcompress.converters.mistral3 import MISTRAL3
 from llmcompress.converters.mixtral import MIXTRAL
@@ -119,6 +122,10 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     HUNYUAN_DENSE,
     HUNYUAN_MOE,
     MINIMAX_M2,
+    INTERNLM2,
+    MINICPM,
+    BAILING_MOE,
+    BAILING_MOE2,
     DEEPSEEK2,
     DEEPSEEK3,
     GPT_OSS,

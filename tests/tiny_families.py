@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import relabelled
 import torch
 from tiny_models import BYTE_BPE, LLAMA3_ROPE, SIZE, TOKENS, YARN, Tiny, model
 from transformers.models.phimoe import modeling_phimoe
@@ -56,6 +57,12 @@ NEMOTRON_EXPERTS = {
     "n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 256, "routed_scaling_factor": 1.5,
     "moe_shared_expert_intermediate_size": 512,
 }  # fmt: skip
+SCALES = {
+    "embedding_multiplier": 3.0,
+    "logits_scaling": 0.5,
+    "residual_multiplier": 0.7,
+    "attention_multiplier": 0.1,
+}
 GRANITE_HYBRID = {"shared_intermediate_size": 256, "mamba_n_heads": 8, "mamba_d_head": 64, "mamba_d_state": 32}
 FALCON_H1 = {
     "mamba_d_ssm": 512, "mamba_n_heads": 8, "mamba_d_head": 64, "mamba_n_groups": 2, "mamba_d_state": 32,
@@ -69,8 +76,7 @@ MORE: dict[str, tuple[Tiny, str]] = {
     for name, make in {
         "olmo2": model("Olmo2ForCausalLM", "Olmo2Config", **SIZE),
         "olmo3": model("Olmo3ForCausalLM", "Olmo3Config", **FOUR, sliding_window=16),
-        "granite": model("GraniteForCausalLM", "GraniteConfig", **SIZE, embedding_multiplier=3.0, logits_scaling=0.5,
-                         residual_multiplier=0.7, attention_multiplier=0.1),
+        "granite": model("GraniteForCausalLM", "GraniteConfig", **SIZE, **SCALES),
         "smollm3": model("SmolLM3ForCausalLM", "SmolLM3Config", **FOUR),
         "arcee": model("ArceeForCausalLM", "ArceeConfig", **SIZE, head_dim=64),
         "seed_oss": model("SeedOssForCausalLM", "SeedOssConfig", **SIZE, head_dim=32),
@@ -146,6 +152,14 @@ MORE: dict[str, tuple[Tiny, str]] = {
         "mamba": model("MambaForCausalLM", "MambaConfig", hidden_size=256, num_hidden_layers=2, state_size=16),
         "mamba2": model("Mamba2ForCausalLM", "Mamba2Config", hidden_size=256, num_hidden_layers=2, state_size=32, num_heads=8,
                         head_dim=64, n_groups=2),
+        "internlm2": model("LlamaForCausalLM", "LlamaConfig", ("InternLM2ForCausalLM",), relabelled.internlm2, **SIZE),
+        "minicpm": model("GraniteForCausalLM", "GraniteConfig", ("MiniCPMForCausalLM",), relabelled.minicpm, **SIZE,
+                         tie_word_embeddings=True, **SCALES | {"attention_multiplier": 0.125}),
+        "bailingmoe": model("GraniteMoeSharedForCausalLM", "GraniteMoeSharedConfig", ("BailingMoeForCausalLM",),
+                            relabelled.bailing_moe, **SIZE, num_local_experts=4, num_experts_per_tok=2,
+                            shared_intermediate_size=1024, attention_multiplier=0.125),
+        "bailingmoe2": model("Glm4MoeForCausalLM", "Glm4MoeConfig", ("BailingMoeV2ForCausalLM",), relabelled.bailing_moe2,
+                             **SIZE, **ROUTED | {"n_routed_experts": 8}, n_group=2, topk_group=1, head_dim=64, use_qk_norm=True),
         "nemotron-h": model("NemotronHForCausalLM", "NemotronHConfig", **NEMOTRON_H,
                             layers_block_type=["linear_attention", "mlp", "full_attention", "mlp"]),
         "nemotron-h-moe": model("NemotronHForCausalLM", "NemotronHConfig", **NEMOTRON_H, **NEMOTRON_EXPERTS,
