@@ -109,8 +109,8 @@ class Architecture:
         default_factory=dict
     )  # beginnings of names of older releases: today's
     left_out: Mapping[str, str] = field(default_factory=dict)  # beginnings of names: what these tensors are
-    instead: Callable[[Config], Architecture | None] = (
-        lambda config: None
+    instead: Callable[[Config], Architecture | None] = lambda config: (
+        None
     )  # the table of those of its classes' models that are of another kind
     told: Mapping[str, str] = field(default_factory=dict)  # modules of one number in each layer: their key
 
@@ -205,20 +205,23 @@ def told_keys(architecture: Architecture, config: Config, checkpoint: Checkpoint
 
     Raises PlanError for a layer without one, or with another number of them.
     """
-    keys = {}
-    for module, key in architecture.told.items():
-        names = [
-            architecture.prefix + module.replace("{i}", str(layer))
-            for layer in range(config.need("num_hidden_layers"))
-        ]
-        for name in names:
-            if name not in checkpoint.index or math.prod(checkpoint.index[name].shape) != 1:
-                raise PlanError(f"{name}: the checkpoint has no tensor of one number for it; is a shard missing?")
-        values = [
-            to_float32(checkpoint.read(name, 0, 1), checkpoint.index[name].dtype).item() for name in names
-        ]
-        keys[key] = array(ValueType.FLOAT32, values)
-    return keys
+    values: dict[str, list[float]] = {}
+    for name, key in told_names(architecture, config).items():
+        if name not in checkpoint.index or math.prod(checkpoint.index[name].shape) != 1:
+            raise PlanError(f"{name}: the checkpoint has no tensor of one number for it; is a shard missing?")
+        value = to_float32(checkpoint.read(name, 0, 1), checkpoint.index[name].dtype).item()
+        values.setdefault(key, []).append(value)
+    return {key: array(ValueType.FLOAT32, numbers) for key, numbers in values.items()}
+
+
+def told_names(architecture: Architecture, config: Config) -> dict[str, str]:
+    """The tensors whose values are metadata: their key."""
+    layers = range(config.need("num_hidden_layers")) if architecture.told else ()
+    return {
+        architecture.prefix + module.replace("{i}", str(layer)): key
+        for module, key in architecture.told.items()
+        for layer in layers
+    }
 
 
 def _left_out(architecture: Architecture, config: Config, name: str) -> str | None:
@@ -323,7 +326,9 @@ def _step(name: str, sources: Mapping[int | None, tuple[TensorInfo, Rule, int]],
     stored_as = made[0].stored_as
     if None in sources:
         return Step(name, shape, pieces, operation, stored_as=stored_as)
-    return Step(name, (len(tensors), *shape), pieces, operation, stored_as=stored_as and (len(tensors), *stored_as))
+    return Step(
+        name, (len(tensors), *shape), pieces, operation, stored_as=stored_as and (len(tensors), *stored_as)
+    )
 
 
 def _cut_rows(step: Step, rows: int, notes: list[str]) -> Step:

@@ -18,7 +18,7 @@ from llmcompress.converters.decoder import (
 )
 from llmcompress.converters.llama import llama_keys
 from llmcompress.converters.operations import copied, in_groups, rotary
-from llmcompress.converters.rope import rope_notes, rope_tensors
+from llmcompress.converters.rope import rope_notes
 
 from llmcompress.errors import PlanError
 from llmcompress.gguf.value import Metadata, u32
@@ -51,9 +51,13 @@ def _moe_keys(config: Config) -> Metadata:
 
 def _check(config: Config) -> list[str]:
     if _shared_size(config) != config.need("moe_intermediate_size"):
-        raise PlanError("config.json: moe_shared_expert_intermediate_size; llama.cpp takes moe_intermediate_size")
+        raise PlanError(
+            "config.json: moe_shared_expert_intermediate_size; llama.cpp takes moe_intermediate_size"
+        )
     if config.get("first_k_dense_replace"):
-        raise PlanError("config.json: first_k_dense_replace; llama.cpp's bailingmoe has experts in all layers")
+        raise PlanError(
+            "config.json: first_k_dense_replace; llama.cpp's bailingmoe has experts in all layers"
+        )
     return rope_notes(config)
 
 
@@ -64,7 +68,12 @@ _OUTSIDE: Table = {
     "layers.{i}.input_layernorm": to("blk.{i}.attn_norm"),
     "layers.{i}.attention.dense": to("blk.{i}.attn_output"),
 }
-_ASSUMES = {"hidden_act": ("silu",), "use_bias": (False,), "use_qkv_bias": (False,), "tie_word_embeddings": (False,)}
+_ASSUMES = {
+    "hidden_act": ("silu",),
+    "use_bias": (False,),
+    "use_qkv_bias": (False,),
+    "tie_word_embeddings": (False,),
+}
 
 BAILING_MOE = Architecture(
     name="bailingmoe",
@@ -76,8 +85,7 @@ BAILING_MOE = Architecture(
             operation=(rotary("heads"), rotary("kv_heads"), copied),
         ),
     },
-    keys=lambda config: llama_keys(config) | _moe_keys(config) | routing_keys(config, SOFTMAX),
-    computed=rope_tensors,
+    keys=lambda config: llama_keys(config, ()) | _moe_keys(config) | routing_keys(config, SOFTMAX),
     defaults={"rms_norm_eps": 1e-5, "max_position_embeddings": 16384, "num_shared_experts": 0, "norm_topk_prob": True},
     assumes=_ASSUMES | {"norm_head": (False,), "multi_gate": (False,)},
     check=_check,

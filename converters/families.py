@@ -57,6 +57,7 @@ from llmcompress.converters.olmo import OLMO2, OLMO3, OLMOE
 from llmcompress.converters.phi import PHI2, PHI3, PHIMOE
 from llmcompress.converters.qwen import QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE
 from llmcompress.converters.qwen3_next import QWEN3_NEXT, QWEN35, QWEN35_MOE
+from llmcompress.converters.rwkv7 import RWKV7
 from llmcompress.converters.seed_oss import SEED_OSS
 from llmcompress.converters.smollm3 import SMOLLM3
 from llmcompress.converters.stablelm import STABLELM
@@ -133,6 +134,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     LFM2_MOE,
     MAMBA,
     MAMBA2,
+    RWKV7,
     JAMBA,
     MISTRAL3_SEES,
     LLAMA4_SEES,
@@ -148,6 +150,9 @@ CLASSES: dict[str, Architecture] = {
 }
 
 
+NO_GRAPH = ("GPTJForCausalLM", "OPTForCausalLM")  # classes that llama.cpp cannot run, whatever the file
+
+
 def find_architecture(config: Config) -> Architecture:
     """The table for a config's class. Raises PlanError naming the nearest class there is one for."""
     classes = config.get("architectures", default=[])
@@ -160,6 +165,11 @@ def find_architecture(config: Config) -> Architecture:
         if name in CLASSES:
             family = CLASSES[name]
             return family.instead(family.config(config.values)) or family
+    for name in classes:
+        if name in NO_GRAPH:
+            raise PlanError(
+                f"config.json: {name}: llama.cpp has no graph for this class, so no GGUF of it would run"
+            )
     raise PlanError(
         f"config.json: no table for {' or '.join(map(str, classes))}{nearest(str(classes[0]), CLASSES)} "
         "; if it is one of those underneath, name that with --architecture"

@@ -64,7 +64,9 @@ def check_time_steps(config: Config) -> list[str]:
     bounds = config.get("time_step_limit", "mamba_dt_limit", default=[0.0, math.inf])
     bounds = [float(bound["__float__"]) if isinstance(bound, dict) else bound for bound in bounds]
     if bounds != [0.0, math.inf]:
-        raise PlanError(f"config.json: time_step_limit is {shown(bounds)}, llama.cpp does not limit time steps")
+        raise PlanError(
+            f"config.json: time_step_limit is {shown(bounds)}, llama.cpp does not limit time steps"
+        )
     return []
 
 

@@ -80,7 +80,9 @@ def _moe_shapes(config: Config) -> dict[str, tuple[int, ...]]:
 def _check(config: Config) -> list[str]:
     layers, least = _layers(config), config.need("time_step_min")
     if layers["dense"] and layers["experts"]:
-        raise PlanError("config.json: some layers are an MLP and some experts; llama.cpp has models of one kind")
+        raise PlanError(
+            "config.json: some layers are an MLP and some experts; llama.cpp has models of one kind"
+        )
     return check_time_steps(config) + [
         f"transformers raises Mamba's steps of time to time_step_min, {least:g}; llama.cpp and NVIDIA's own code do not"
     ]

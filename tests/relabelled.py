@@ -6,7 +6,6 @@ Each function takes a state of a model that computes the same, and its config, a
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from pathlib import Path
 from typing import Any

@@ -99,6 +99,7 @@ READ_TENSORS = {
     "GraniteMoeForCausalLM",
     "GraniteMoeHybridForCausalLM",
     "ApertusForCausalLM",
+    "MiniCPMForCausalLM",
 }  # llama.cpp's graphs
 LLAMA3_ALONE = {"ArceeForCausalLM", "Exaone4ForCausalLM", "Llama4ForCausalLM"}
 ELSE = {
@@ -110,11 +111,10 @@ ELSE = {
     "mamba2",
     "jamba",
     "nemotron_h",
+    "rwkv7",
     "nemotron_h_moe",
 }  # no rope, or one that their check looks at
-ROTARY = list(
-    dict.fromkeys(f.classes[0] for f in ARCHITECTURES if f.name not in ELSE and not f.text)
-)
+ROTARY = list(dict.fromkeys(f.classes[0] for f in ARCHITECTURES if f.name not in ELSE and not f.text))
 
 
 def keys_of(kind: str, rope: dict[str, Any] | None = None, **values: Any) -> dict[str, Any]:

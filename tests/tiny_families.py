@@ -63,7 +63,12 @@ SCALES = {
     "residual_multiplier": 0.7,
     "attention_multiplier": 0.1,
 }
-GRANITE_HYBRID = {"shared_intermediate_size": 256, "mamba_n_heads": 8, "mamba_d_head": 64, "mamba_d_state": 32}
+GRANITE_HYBRID = {
+    "shared_intermediate_size": 256,
+    "mamba_n_heads": 8,
+    "mamba_d_head": 64,
+    "mamba_d_state": 32,
+}
 FALCON_H1 = {
     "mamba_d_ssm": 512, "mamba_n_heads": 8, "mamba_d_head": 64, "mamba_n_groups": 2, "mamba_d_state": 32,
     "ssm_multipliers": [0.8, 1.2, 0.7, 0.9, 1.1], "ssm_in_multiplier": 1.25, "ssm_out_multiplier": 0.6,
