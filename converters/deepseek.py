@@ -55,13 +55,18 @@ MLA = {
 }
 
 
-BETAS = {"beta_fast": 32, "beta_slow": 1}  # YaRN's, and all that llama.cpp's deepseek2 has, whatever the file says
+BETAS = {
+    "beta_fast": 32,
+    "beta_slow": 1,
+}  # YaRN's, and all that llama.cpp's deepseek2 has, whatever the file says
 
 
 def _other_betas(config: Config) -> dict[str, float]:
     rope = rope_parameters(config)
     return {
-        name: rope[name] for name, usual in BETAS.items() if rope["rope_type"] == "yarn" and rope.get(name, usual) != usual
+        name: rope[name]
+        for name, usual in BETAS.items()
+        if rope["rope_type"] == "yarn" and rope.get(name, usual) != usual
     }
 
 

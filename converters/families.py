@@ -6,6 +6,7 @@ from llmcompress.converters.apertus import APERTUS
 from llmcompress.converters.arcee import ARCEE
 from llmcompress.converters.architecture import Architecture, steps_of
 from llmcompress.converters.bailing import BAILING_MOE, BAILING_MOE2
+from llmcompress.converters.bitnet import BITNET
 from llmcompress.converters.bloom import BLOOM
 from llmcompress.converters.cohere import COHERE, COHERE2
 from llmcompress.converters.config import Config
@@ -127,6 +128,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     MINICPM,
     BAILING_MOE,
     BAILING_MOE2,
+    BITNET,
     DEEPSEEK2,
     DEEPSEEK3,
     GPT_OSS,

@@ -201,7 +201,12 @@ def test_what_llama_cpp_does_otherwise_is_said() -> None:
 def test_kimi_k2_has_betas_that_llama_cpp_does_not_read() -> None:
     rope = {"rope_type": "yarn", "factor": 32.0, "original_max_position_embeddings": 4096, "mscale": 1.0,
             "mscale_all_dim": 1.0, "beta_fast": 1.0, "beta_slow": 1.0}  # fmt: skip
-    kimi = {"rope_theta": 5e4, "max_position_embeddings": 131072, "num_hidden_layers": 61, "q_lora_rank": 1536}
+    kimi = {
+        "rope_theta": 5e4,
+        "max_position_embeddings": 131072,
+        "num_hidden_layers": 61,
+        "q_lora_rank": 1536,
+    }
     keys = keys_of("DeepseekV3ForCausalLM", rope, **kimi)
     assert (keys["rope.scaling.type"], keys["rope.scaling.yarn_beta_fast"]) == ("yarn", 1.0)
     family = CLASSES["DeepseekV3ForCausalLM"]

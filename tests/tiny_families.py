@@ -157,6 +157,8 @@ MORE: dict[str, tuple[Tiny, str]] = {
         "mamba": model("MambaForCausalLM", "MambaConfig", hidden_size=256, num_hidden_layers=2, state_size=16),
         "mamba2": model("Mamba2ForCausalLM", "Mamba2Config", hidden_size=256, num_hidden_layers=2, state_size=32, num_heads=8,
                         head_dim=64, n_groups=2),
+        "bitnet": model("BitNetForCausalLM", "BitNetConfig", ("BitnetForCausalLM",), **SIZE, hidden_act="silu",
+                        tie_word_embeddings=True),
         "internlm2": model("LlamaForCausalLM", "LlamaConfig", ("InternLM2ForCausalLM",), relabelled.internlm2, **SIZE),
         "minicpm": model("GraniteForCausalLM", "GraniteConfig", ("MiniCPMForCausalLM",), relabelled.minicpm, **SIZE,
                          tie_word_embeddings=True, **SCALES | {"attention_multiplier": 0.125}),
