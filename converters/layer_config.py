@@ -57,12 +57,7 @@ def without_layers(architecture: Architecture, values: Mapping[str, Any], whole:
     whole: what transformers makes of them, in which lists that they leave to a rule are written out. Raises PlanError for
     what cannot be kept up.
     """
-    config = dict(values)
-    inner = config.get(architecture.text) if architecture.text else None
-    if isinstance(inner, dict):
-        config[architecture.text] = _without(inner, whole, dropped)
-        return config
-    return _without(config, whole, dropped)
+    return architecture.with_text_values(values, _without(architecture.text_values(values), whole, dropped))
 
 
 def _without(values: Mapping[str, Any], whole: Mapping[str, Any], dropped: Sequence[int]) -> dict[str, Any]:

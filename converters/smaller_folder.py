@@ -10,11 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from llmcompress.converters.calibration import CalibrationOptions
 from llmcompress.converters.config import Config
 from llmcompress.converters.families import find_architecture, weight_steps
 
 from llmcompress import __version__
+from llmcompress.block_weights import PartWeights, empty_model
 from llmcompress.checkpoint import Checkpoint
 from llmcompress.checkpoint_output import SHARD_BYTES, CheckpointOutput, check_room, copies, write_checkpoint
 from llmcompress.errors import PlanError
@@ -74,6 +76,19 @@ def calibration_options(options: StructureOptions, tokens: int) -> CalibrationOp
 def measured_on(rows: TokenRows | None) -> dict[str, Any] | None:
     """What the manifest says of the tokens that importance was measured on."""
     return rows and {"sha256": rows.sha256, "count": rows.tokens, "sources": list(rows.sources)}
+
+
+def require_transformers_shapes(smaller: SmallerCheckpoint) -> None:
+    """Raise PlanError unless transformers makes a model of the view's config that has the view's tensors."""
+    cpu = torch.device("cpu")
+    model = empty_model(smaller.directory, torch.float32, cpu)
+    state = model.state_dict(keep_vars=True)
+    for name, target in PartWeights(model, smaller, cpu).targets.items():
+        shape, wanted = smaller.index[name].shape, tuple(state[target.parameter].shape)
+        if len(shape) == len(wanted) and shape != wanted:
+            raise PlanError(
+                f"{name}: would be {shape}, transformers makes it {wanted}; this model cannot be made smaller so"
+            )
 
 
 def write_smaller(

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from llmcompress.arrays import dequantize_array, quantize_array
     from llmcompress.converters.finetuning import TuningReport
     from llmcompress.converters.pruning import PruningReport
+    from llmcompress.converters.smaller_folder import SmallerReport
     from llmcompress.progress import Progress
     from llmcompress.report import Result
 
@@ -75,15 +76,24 @@ def finetune(
 
 def prune(
     model: str | Path, out: str | Path, *, progress: Progress | None = None, **options
-) -> PruningReport:
-    """Write the checkpoint `model` to the folder `out` with weights of its decoder blocks' linears set to zero.
+) -> PruningReport | SmallerReport:
+    """Write the checkpoint `model` to the folder `out` with weights of its decoder blocks' linears set to zero, or
+    smaller.
 
-    `options` are the fields of `llmcompress.pruning_options.PruningOptions`: method, sparsity, pattern, data, tokens ...
+    `options` are the fields of `llmcompress.pruning_options.PruningOptions`: method, sparsity, pattern, data, tokens ...;
+    where the method is layers, width or experts, of `llmcompress.structure_options.StructureOptions`: drop, ratio, by ...
     Raises `llmcompress.errors.LlmcompressError`.
     """
-    from llmcompress.converters.pruning import prune_model
     from llmcompress.progress import Progress
     from llmcompress.pruning_options import parse_options
+    from llmcompress.structure_options import STRUCTURES, StructureOptions
+
+    if options.get("method") in STRUCTURES:
+        from llmcompress.converters.structure import JOBS
+
+        given = parse_options(options, StructureOptions)
+        return JOBS[given.method](model, out, given, progress or Progress())
+    from llmcompress.converters.pruning import prune_model
 
     return prune_model(model, out, parse_options(options), progress or Progress())
 

@@ -14,6 +14,7 @@ from llmcompress import (
     finetune_command,
     model_commands,
     prune_command,
+    run_command,
     sensitivity_command,
     stats_commands,
 )
@@ -343,6 +344,7 @@ app.command("calibrate")(model_commands.calibrate)
 app.command("evaluate")(model_commands.evaluate)
 app.command("finetune")(finetune_command.finetune)
 app.command("prune")(prune_command.prune)
+app.command("run")(run_command.run)
 app.command("distill")(finetune_command.distill)
 app.command("merge")(adapter_commands.merge)
 app.command("convert-lora")(adapter_commands.convert_lora)

@@ -140,19 +140,19 @@ class PruningOptions:
         }  # fmt: skip
 
 
-def parse_options(given: Mapping[str, Any]) -> PruningOptions:
-    """Options by name; lists become tuples. Raises RecipeError for a name that is none."""
-    known = [field.name for field in fields(PruningOptions)]
+def parse_options(given: Mapping[str, Any], kind: type = PruningOptions) -> Any:
+    """A `kind` of options by name; lists, and texts alone, become tuples. Raises RecipeError for a name that is none."""
+    known = [field.name for field in fields(kind)]
     for name in given:
         if name not in known:
             raise RecipeError(f"prune(): {name} is none of {', '.join(known)}{nearest(name, known)}")
     values = dict(given)
-    for name in ("data", "keep"):
+    for name in ("data", "keep", "layers", "parts"):
         if name in values:
             values[name] = (values[name],) if isinstance(values[name], str) else tuple(values[name])
     if isinstance(values.get("shares"), Mapping):
         values["shares"] = tuple(values["shares"].items())
-    return PruningOptions(**values)
+    return kind(**values)
 
 
 def read_shares(path: str | Path) -> tuple[tuple[str, float], ...]:

@@ -13,6 +13,7 @@ from llmcompress.sizes import parse_count, parse_size
 def make_smaller(given: dict[str, Any]) -> None:
     """--method layers, width, experts: `given` holds the command's options. Raises LlmcompressError."""
     from llmcompress import model_display
+    from llmcompress.converters.structure import JOBS
     from llmcompress.structure_options import StructureOptions, parse_layers, parse_parts
 
     same = ("method", "drop", "ratio", "by", "chunk", "seed", "dtype", "batch_tokens", "device", "threads")
@@ -26,21 +27,10 @@ def make_smaller(given: dict[str, Any]) -> None:
     )  # fmt: skip
     progress = model_display.live_progress()
     try:
-        report = _job(options.method)(given["model"], given["out"], options, progress)
+        report = JOBS[options.method](given["model"], given["out"], options, progress)
     finally:
         progress.close()
     if given["as_json"]:
         typer.echo(json.dumps(report.as_dict(), indent=1))
     else:
         model_display.show_smaller(report)
-
-
-def _job(method: str):
-    """What makes the smaller checkpoint."""
-    if method == "layers":
-        from llmcompress.converters.dropping import drop_layers as job
-    elif method == "width":
-        from llmcompress.converters.narrowing import narrow as job
-    else:
-        from llmcompress.converters.thinning import drop_experts as job
-    return job

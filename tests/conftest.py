@@ -32,11 +32,15 @@ def shared() -> Path:
 
 @pytest.fixture(scope="session")
 def tiny(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The folder of a model of tiny_models.py by its name, made once. Not to be changed."""
-    from tiny_models import BYTE_BPE, SENTENCEPIECE, build
+    """The folder of a model of tiny_models.py or tiny_families.py by its name, made once. Not to be changed."""
+    from tiny_families import MORE
+    from tiny_models import BYTE_BPE, MODELS, SENTENCEPIECE, build
 
     tokenizers = {
         BYTE_BPE: root / "examples" / "sample-llama-6m",
         SENTENCEPIECE: root / "tests" / "data" / "stories260K",
     }
-    return functools.cache(lambda name: build(name, tmp_path_factory.mktemp(name) / "tiny", tokenizers))
+    models = {**MODELS, **MORE}
+    return functools.cache(
+        lambda name: build(name, tmp_path_factory.mktemp(name) / "tiny", tokenizers, models=models)
+    )

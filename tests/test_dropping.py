@@ -15,9 +15,9 @@ from llama_cpp import Model
 from llmcompress.converters.calibration import rows_of
 from llmcompress.converters.dropping import drop_layers, state_file
 from llmcompress.converters.smaller_folder import calibration_options
-from test_architectures import assert_same_logits, ids_of, tokenizers  # noqa: F401
+from test_architectures import assert_same_logits, ids_of
 from tiny_families import MORE
-from tiny_models import MODELS, build
+from tiny_models import MODELS
 
 import llmcompress
 from llmcompress.blocks import Lockstep, decoder_blocks
@@ -67,11 +67,9 @@ QUICK = ("llama", "qwen3", "gemma3", "gpt2", "mixtral")
     "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in (*MODELS, *MORE)]
 )
 def test_a_model_without_a_layer_is_the_model_that_passes_it_over(
-    name: str,
-    tokenizers: dict[str, Path],
-    tmp_path: Path,  # noqa: F811
+    name: str, tiny: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    folder = build(name, tmp_path / "tiny", tokenizers, models={**MODELS, **MORE})
+    folder = tiny(name)
     if name in REFUSED:
         with pytest.raises(PlanError, match=REFUSED[name]):
             drop(folder, tmp_path / "smaller", 0)

@@ -42,7 +42,7 @@ LAYERS = [
     {"calibration_state"},
     {"blocks"},
     {"calibrate", "evaluate"},
-    {"mix", "filetypes", "inspect"},
+    {"mix", "filetypes", "inspect", "step_list"},
     {"methods"},
     {"pruning_options", "structure_options"},
     {"pruning_report"},
@@ -66,6 +66,7 @@ LAYERS = [
         "adapter_commands",
         "finetune_command",
         "prune_command",
+        "run_command",
     },
     {"cli", "__main__"},
 ]

@@ -1,0 +1,83 @@
+"""Which channels of an MLP, or groups of attention heads, go, and what the rest does in their place.
+
+Both are inputs of one matrix W (outputs, inputs), down_proj or o_proj, whose own inputs X are known by XᵀX. `norm` takes the
+groups of inputs of the least Σ ‖Wⱼ‖²·Σx², what they add to the output if they are independent (Wanda's score of whole columns,
+Sun et al., arXiv:2306.11695). `reconstruction` takes those without which the rest can make up for most: of group g the error left
+by least squares is tr(W_g·(H⁻¹_gg)⁻¹·W_gᵀ) with H = XᵀX, as in Optimal Brain Surgeon (Hassibi & Stork, 1993; for structures ZipLM,
+Kurtic et al., arXiv:2302.04089); groups go one after the other, W and H⁻¹ brought up to date after each.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from llmcompress.errors import RunError
+
+DAMPING = 0.01  # of H's mean diagonal, added to it, as in GPTQ
+ROUNDS = 128  # at most: where more groups go, several go at once
+
+
+def kept_by_norm(weights: torch.Tensor, products: torch.Tensor, group: int, count: int) -> torch.Tensor:
+    """The groups of `group` inputs each that stay, int64 rising, when `count` go. weights: float32 (outputs, inputs);
+    products: XᵀX, float32 (inputs, inputs)."""
+    scores = (weights.square().sum(0) * products.diagonal()).reshape(-1, group).sum(1)
+    return scores.argsort(stable=True)[count:].sort().values
+
+
+def kept_by_reconstruction(
+    weights: torch.Tensor, products: torch.Tensor, group: int, count: int
+) -> torch.Tensor:
+    """As `kept_by_norm`, by what cannot be made up for."""
+    weights, inverse = weights.double(), _inverse(_damped(products))
+    groups = weights.shape[1] // group
+    left = torch.ones(groups, dtype=torch.bool, device=weights.device)
+    at_once = -(-count // ROUNDS)
+    while (gone := groups - int(left.sum())) < count:
+        scores = _errors(weights, inverse, group)
+        scores[~left] = torch.inf
+        chosen = scores.argsort(stable=True)[: min(at_once, count - gone)]
+        left[chosen] = False
+        inputs = (chosen[:, None] * group + torch.arange(group, device=chosen.device)).flatten()
+        share = torch.linalg.solve(inverse[inputs][:, inputs], inverse[inputs])
+        weights -= weights[:, inputs] @ share
+        inverse -= inverse[:, inputs] @ share
+        inverse[inputs], inverse[:, inputs] = 0, 0
+        inverse[inputs, inputs] = 1  # what is gone has no part in later rounds
+    return left.nonzero()[:, 0]
+
+
+def reconstructed(weights: torch.Tensor, products: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    """float32 (outputs, kept): the weights of the kept inputs that come closest to what all inputs gave.
+
+    kept: int64, numbers of inputs. They minimise ‖X·Wᵀ − X_kept·W′ᵀ‖², damped towards what they were. Raises RunError.
+    """
+    damped = _damped(products)
+    right = (weights.double() @ damped[:, kept]).T
+    factor, failed = torch.linalg.cholesky_ex(damped[kept][:, kept])
+    if failed:
+        raise RunError(f"the products of {len(kept)} inputs are not positive definite; give more --tokens")
+    return torch.cholesky_solve(right, factor).T.float()
+
+
+def _errors(weights: torch.Tensor, inverse: torch.Tensor, group: int) -> torch.Tensor:
+    """What is lost for good without each group, float64 (groups,)."""
+    if group == 1:
+        return weights.square().sum(0) / inverse.diagonal()
+    parts = weights.reshape(len(weights), -1, group).transpose(0, 1)  # (groups, outputs, group)
+    blocks = torch.stack([inverse[at : at + group, at : at + group] for at in range(0, len(inverse), group)])
+    return (torch.linalg.solve(blocks, parts.transpose(1, 2)) * parts.transpose(1, 2)).sum((1, 2))
+
+
+def _damped(products: torch.Tensor) -> torch.Tensor:
+    damped = products.double()
+    mean = damped.diagonal().mean()
+    if not torch.isfinite(mean) or mean <= 0:
+        raise RunError("its inputs were zeros, NaNs or infinities in all of the text; give other --data")
+    return damped + DAMPING * mean * torch.eye(len(damped), dtype=damped.dtype, device=damped.device)
+
+
+def _inverse(damped: torch.Tensor) -> torch.Tensor:
+    factor, failed = torch.linalg.cholesky_ex(damped)
+    if failed:
+        raise RunError(f"the products of {len(damped)} inputs are not positive definite; give more --tokens")
+    return torch.cholesky_inverse(factor)
