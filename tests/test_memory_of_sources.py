@@ -1,0 +1,126 @@
+"""`--max-ram` holds for checkpoints that are decoded, and for experts that are fused and turned round: what a job holds
+does not grow with them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from synthetic_checkpoint import Llama, write_checkpoint
+from tiny_families import MORE
+from tiny_models import build
+
+import llmcompress
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not Path("/proc/self/clear_refs").exists(), reason="reads the peak of memory in /proc"
+    ),
+]
+
+# A job on a small model compiles all that the large one needs; then the peak is counted anew.
+JOB = """
+import re, sys
+from pathlib import Path
+import llmcompress
+small, large, out = sys.argv[1:]
+status = lambda key: int(re.search(f"{key}:[^0-9]*([0-9]+)", Path("/proc/self/status").read_text())[1]) * 1024
+llmcompress.quantize(small, f"{out}/small.gguf", type="Q4_K_M", threads=2)
+Path("/proc/self/clear_refs").write_text("5")
+before = status("VmRSS")
+llmcompress.quantize(large, f"{out}/large.gguf", type="Q4_K_M", threads=2, max_ram="300MiB")
+print(status("VmHWM") - before)
+"""
+MORE_THAN_BEFORE = 80 * 2**20  # bytes; two workers' slabs, and those of columns are four times as large
+
+
+def gpt_oss(root: Path, folder: Path, experts: int, mxfp4: bool) -> Path:
+    """A tiny gpt-oss whose experts are of another number: 3 million weights each."""
+    made = build(
+        "gpt-oss", folder / "made", {MORE["gpt-oss"][1]: root / "examples" / "sample-llama-6m"}, models=MORE
+    )
+    tensors, width = load_file(made / "model.safetensors"), 1024
+    config = json.loads((made / "config.json").read_text()) | {
+        "num_local_experts": experts,
+        "intermediate_size": width,
+    }
+    for name in [name for name in tensors if ".experts." in name or ".router." in name]:
+        rows, last = (256, 2 * width) if "gate_up" in name else (width, 256)
+        if ".router." in name:
+            tensors[name] = torch.randn(experts, *tensors[name].shape[1:])
+        elif name.endswith("_bias"):
+            tensors[name] = torch.randn(experts, last)
+        elif mxfp4:
+            del tensors[name]
+            tensors[f"{name}_blocks"] = torch.randint(
+                0, 256, (experts, last, rows // 32, 16), dtype=torch.uint8
+            )
+            tensors[f"{name}_scales"] = torch.randint(
+                118, 124, (experts, last, rows // 32), dtype=torch.uint8
+            )
+        else:
+            tensors[name] = torch.randn(experts, rows, last).bfloat16()
+    if mxfp4:
+        config["quantization_config"] = {"quant_method": "mxfp4"}
+    (made / "config.json").write_text(json.dumps(config))
+    save_file(tensors, made / "model.safetensors")
+    return made
+
+
+def gptq(folder: Path, shape: Llama, act_order: bool) -> Path:
+    plain = write_checkpoint(folder / "plain", shape)
+    llmcompress.quantize(plain, folder / "made", format="gptq", bits=4, group_size=64)
+    shutil.rmtree(plain)
+    if act_order:
+        (file,) = (folder / "made").glob("*.safetensors")
+        tensors = load_file(file)
+        for name in [name for name in tensors if name.endswith(".g_idx")]:
+            tensors[name] = tensors[name][torch.randperm(len(tensors[name]))].contiguous()
+        save_file(tensors, file)
+    return folder / "made"
+
+
+def blocks_of_fp8(folder: Path, shape: Llama) -> Path:
+    made = write_checkpoint(folder / "made", shape)
+    (file,) = made.glob("*.safetensors")
+    tensors = load_file(file)
+    for name in [name for name in tensors if "proj.weight" in name]:
+        weight = tensors.pop(name)
+        tensors[name] = weight.to(torch.float8_e4m3fn)
+        tensors[f"{name}_scale_inv"] = torch.full([size // 128 for size in weight.shape], 0.01)
+    save_file(tensors, file)
+    config = json.loads((made / "config.json").read_text())
+    settings = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    (made / "config.json").write_text(json.dumps(config | {"quantization_config": settings}))
+    return made
+
+
+LARGE = Llama(layers=1, hidden=2048, feed_forward=8192, heads=16)
+MADE: dict[str, Callable[[Path, Path, bool], Path]] = {
+    "MXFP4 experts": lambda root, folder, large: gpt_oss(root, folder, 48 if large else 4, True),
+    "fused experts": lambda root, folder, large: gpt_oss(root, folder, 48 if large else 4, False),
+    "GPTQ": lambda root, folder, large: gptq(folder, LARGE if large else Llama(), False),
+    "GPTQ, act-order": lambda root, folder, large: gptq(folder, LARGE if large else Llama(), True),
+    "FP8 in blocks": lambda root, folder, large: blocks_of_fp8(folder, LARGE if large else Llama()),
+}
+
+
+@pytest.mark.parametrize("kind", MADE)
+def test_what_a_job_holds_does_not_grow_with_a_source(kind: str, root: Path, tmp_path: Path) -> None:
+    small, large = (MADE[kind](root, tmp_path / name, name == "large") for name in ("small", "large"))
+    arguments = [sys.executable, "-c", JOB, str(small), str(large), str(tmp_path)]
+    done = subprocess.run(arguments, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    more = int(done.stdout)
+    written = (tmp_path / "large.gguf").stat().st_size
+    assert written > 30 * 2**20 and more < MORE_THAN_BEFORE, (
+        f"{more / 2**20:.0f} MiB more for {written / 2**20:.0f}"
+    )
