@@ -8,7 +8,10 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
+from llmcompress.converters import tekken
 from llmcompress.converters.from_gguf import DecodedGGUF
+from llmcompress.converters.tiktoken import find_tiktoken
+from llmcompress.converters.tokenizer_files import read_files, runnable
 
 from llmcompress.block_weights import PartWeights, empty_model
 from llmcompress.blocks import DEFAULT_HIDDEN_BYTES, Lockstep
@@ -28,10 +31,14 @@ def lockstep_of(
 
 
 def read_tokenizer(directory: Path) -> transformers.PreTrainedTokenizerBase:
-    """A model's tokenizer. Raises CheckpointError."""
+    """A model's tokenizer, by transformers, or in a file that needs code which is not run, by us. Raises CheckpointError."""
     try:
         return transformers.AutoTokenizer.from_pretrained(directory)
-    except (ValueError, OSError, KeyError) as error:
+    except (ValueError, OSError, KeyError, ImportError) as error:
+        if find_tiktoken(directory) or (directory / tekken.NAME).is_file():
+            files = read_files(directory)
+            roles = {key: text for key, text in files.special_tokens_map.items() if isinstance(text, str)}
+            return transformers.PreTrainedTokenizerFast(tokenizer_object=runnable(files), **roles)
         raise CheckpointError(
             f"{directory}: no tokenizer that transformers reads: {' '.join(str(error).split())[:300]}"
         ) from error

@@ -6,7 +6,6 @@ settings.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from llmcompress.converters.special_tokens import SpecialTokens, find_special_to
 from llmcompress.converters.token_sources import SHOWN, fill, find_algorithm, spelling
 from llmcompress.converters.token_table import TokenTable
 from llmcompress.converters.tokenizer_differences import find_differences
-from llmcompress.converters.tokenizer_files import TokenizerFiles, configs_of, read_files
+from llmcompress.converters.tokenizer_files import TokenizerFiles, configs_of, read_files, runnable
 from llmcompress.converters.vocabulary import Vocabulary
 
 from llmcompress.errors import TokenizerError
@@ -109,12 +108,14 @@ def _pretokenizer(
         name, how = _by_class(files, config)
     else:
         steps, flags = files.parts("pre_tokenizer"), _flags(files, special)
-        if files.from_ranks and len(steps) < 2:  # the bytes alone
+        if not files.splits:
             raise TokenizerError(
                 f"{files.where}: does not say how text is split, and its class "
                 f"{str(files.config.get('tokenizer_class'))[:40]!r} is not known; choose with --pre NAME"
             )
-        name, how = find_pretokenizer(steps, flags, lambda text: _encode(files, text), files.where)
+        name, how = find_pretokenizer(
+            steps, flags, lambda text: runnable(files).encode(text).ids, files.where
+        )
     return name, f"pre-tokenizer {name!r}, by {how}"
 
 
@@ -135,12 +136,3 @@ def _flags(files: TokenizerFiles, special: SpecialTokens) -> dict[str, bool]:
         flags["ignore_merges"] = whole
     clean = files.config.get("clean_up_tokenization_spaces")
     return flags | ({"keep_spaces": not clean} if isinstance(clean, bool) else {})
-
-
-def _encode(files: TokenizerFiles, text: str) -> list[int]:
-    from tokenizers import Tokenizer
-
-    try:
-        return Tokenizer.from_str(json.dumps(files.json)).encode(text).ids
-    except Exception as error:  # the library raises nothing more precise
-        raise TokenizerError(f"{files.where}: the tokenizers library does not read it ({error})") from error

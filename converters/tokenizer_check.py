@@ -7,14 +7,13 @@ runs of spaces, line ends, contractions, code.
 from __future__ import annotations
 
 import importlib.util
-import json
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from llmcompress.converters.tokenizer_files import read_files
+from llmcompress.converters.tokenizer_files import read_files, runnable
 
 from llmcompress import calibration_data, llama_tokenizer
 from llmcompress.errors import TokenizerError
@@ -117,14 +116,7 @@ def _reader(directory: Path) -> tuple[Path, Encode]:
         return files.source, lambda text, added: None if added else pieces.encode(text)
     if files.json is None:
         return files.source, _by_transformers(directory)
-    if files.from_ranks and len(files.parts("pre_tokenizer")) < 2:
-        raise TokenizerError(f"{files.where}: does not say how text is split, which only its code does")
-    from tokenizers import Tokenizer
-
-    try:
-        tokenizer = Tokenizer.from_str(json.dumps(files.json))
-    except Exception as error:  # the library raises nothing more precise
-        raise TokenizerError(f"{files.where}: the tokenizers library does not read it ({error})") from error
+    tokenizer = runnable(files)
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return files.source, lambda text, added: tokenizer.encode(text, add_special_tokens=added).ids

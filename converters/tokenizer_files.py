@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from json import dumps
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llmcompress.converters import rwkv_world, tekken, wordpiece
 from llmcompress.converters.sentencepiece import SentencePieceModel, read_sentencepiece
@@ -13,6 +14,9 @@ from llmcompress.converters.tiktoken import find_tiktoken, read_tiktoken
 from llmcompress.errors import TokenizerError
 from llmcompress.json_object import read_object
 from llmcompress.small_file import read_text
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 # Where a tokenizer is looked for, in this order, and what is read there.
 FILES = {
@@ -74,6 +78,11 @@ class TokenizerFiles:
         """Whether the merges are made of ranks, by which every token that merges can reach is what they make of it."""
         return self.json is not None and self.source.name not in ("tokenizer.json", wordpiece.NAME)
 
+    @property
+    def splits(self) -> bool:
+        """Whether it is known how text is split: the code of a tokenizer by ranks may be unknown."""
+        return not self.from_ranks or len(self.parts("pre_tokenizer")) > 1  # not the bytes alone
+
     def parts(self, name: str) -> list[dict[str, Any]]:
         """The steps of tokenizer.json's normalizer, pre_tokenizer, decoder or post_processor, in order."""
         steps, left = [], [(self.json or {}).get(name) or {}]
@@ -87,6 +96,19 @@ class TokenizerFiles:
             elif part:
                 raise TokenizerError(f"{self.where}: {name} has {str(part)[:40]!r} where a step belongs")
         return steps
+
+
+def runnable(files: TokenizerFiles) -> Tokenizer:
+    """The tokenizers library's own of `files.json`. Raises TokenizerError for one that it does not read, and for one of
+    ranks whose code alone says how text is split."""
+    from tokenizers import Tokenizer
+
+    if not files.splits:
+        raise TokenizerError(f"{files.where}: does not say how text is split, which only its code does")
+    try:
+        return Tokenizer.from_str(dumps(files.json))
+    except Exception as error:  # the library raises nothing more precise
+        raise TokenizerError(f"{files.where}: the tokenizers library does not read it ({error})") from error
 
 
 def pattern_of(step: dict[str, Any], kind: str) -> str | None:

@@ -11,8 +11,6 @@ import numpy as np
 from llmcompress.mix import NEVER_QUANTIZED, NEVER_QUANTIZED_NAMES
 from llmcompress.tensor_info import TensorInfo
 
-WIDER = 4  # times as large a slab where a whole matrix is read for each
-
 
 @dataclass(frozen=True)
 class Operation:
@@ -83,10 +81,13 @@ class Step:
         return getattr(tensor, "packed", None) if as_stored else None
 
     @property
-    def reads_columns(self) -> bool:
-        """Whether its rows are columns in the file, so that all of a matrix is read for each slab."""
-        turned = self.operation.transposed and self.pieces
-        return bool(turned) and not getattr(self.pieces[0].tensor, "transposed", False)
+    def wider(self) -> int:
+        """Times as large a slab as others have where its rows are columns in the file: all of a matrix is read for each
+        slab, or a little of each of its rows."""
+        tensor = self.pieces[0].tensor if self.pieces else None
+        if self.operation.transposed and not getattr(tensor, "transposed", False):
+            return 4
+        return 2 if getattr(tensor, "strided", False) else 1
 
     def source_bytes(self, rows: int) -> int:
         """Bytes of `rows` rows in the checkpoint."""
@@ -132,5 +133,5 @@ def slabs_of(index: int, step: Step, slab_weights: int) -> Iterator[Slab]:
 
 
 def slab_rows(step: Step, slab_weights: int) -> int:
-    rows = max(1, slab_weights * (WIDER if step.reads_columns else 1) // step.columns)
+    rows = max(1, slab_weights * step.wider // step.columns)
     return max(rows // step.operation.group, 1) * step.operation.group

@@ -14,7 +14,7 @@ import transformers
 from llmcompress.converters import byte_ranks, tiktoken
 from llmcompress.converters.token_table import TokenType
 from llmcompress.converters.tokenizer import Vocabulary, read_vocabulary
-from llmcompress.converters.tokenizer_files import read_files
+from llmcompress.converters.tokenizer_files import read_files, runnable
 from tokenizer_corpus import TEXTS
 from tokenizer_material import config, hf_tokenizer, read_json, train_gemma
 from tokenizers import BertWordPieceTokenizer, Tokenizer, models, pre_tokenizers, trainers
@@ -52,7 +52,7 @@ def test_tekken_is_cut_as_mistral_common_does(name: str, tmp_path: Path) -> None
         "<SPECIAL_999>",
     ]
     assert vocabulary.token_types[999:1001] == [TokenType.CONTROL, TokenType.NORMAL]
-    same = Tokenizer.from_str(json.dumps(read_files(tmp_path).json))
+    same = runnable(read_files(tmp_path))
     assert not differing(
         TEXTS, lambda text: same.encode(text).ids, lambda text: theirs.encode(text, True, False)
     )
@@ -155,6 +155,20 @@ def test_tiktoken_files_are_cut_as_tiktoken_does(case: str, ranked: list[bytes],
     assert len(differ) <= (7 if case == "kimi" else 0), (
         differ
     )  # llama.cpp knows kimi's letters by another table
+
+
+def test_a_model_with_a_tiktoken_file_is_calibrated_without_its_code(
+    ranked: list[bytes], tmp_path: Path
+) -> None:
+    from llmcompress.converters.model import read_tokenizer
+
+    write_ranks(tmp_path / "hy.tiktoken", ranked)
+    settings(tmp_path, "HYTokenizer", auto_map={"AutoTokenizer": ["tokenization_hy.HYTokenizer", None]})
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    theirs, found = reference(ranked, "HYTokenizer", {}), read_tokenizer(tmp_path)
+    texts = [unicodedata.normalize("NFC", text) for text in TEXTS]
+    assert not differing(texts, found.encode, lambda text: theirs.encode(text, disallowed_special=()))
+    assert found.encode("<|eos|>") == [len(ranked) + 3]
 
 
 def test_a_class_that_is_not_known_needs_a_name(ranked: list[bytes], tmp_path: Path) -> None:

@@ -35,15 +35,9 @@ def unpack(data: np.ndarray, bits: int, count: int) -> np.ndarray:
     runs = -(-count // CODES)  # of 32 codes in `bits` words
     padded = np.zeros((rows, runs * bits * 4), np.uint8)
     padded[:, : data.shape[1]] = data[:, : padded.shape[1]]
-    words = padded.view("<u4").reshape(rows, runs, bits)
-    codes = np.empty((rows, runs, CODES), np.uint8)
-    for i in range(CODES):
-        word, shift = divmod(i * bits, 32)
-        field = words[:, :, word] >> np.uint32(shift)
-        if shift + bits > 32:
-            field = field | words[:, :, word + 1] << np.uint32(32 - shift)
-        codes[:, :, i] = field & np.uint32((1 << bits) - 1)
-    return codes.reshape(rows, -1)[:, :count]
+    codes = np.empty((rows, count), np.uint8)
+    _unpack_words(padded.view("<u4"), bits, codes)
+    return codes
 
 
 def signed(data: np.ndarray) -> np.ndarray:
@@ -123,6 +117,19 @@ def _alike(scales: np.ndarray, zeros: np.ndarray | float) -> tuple[np.ndarray, n
     if isinstance(zeros, np.ndarray):
         return scales, np.ascontiguousarray(zeros, np.float32)
     return scales, np.full(scales.shape, zeros, np.float32)
+
+
+@compiled()
+def _unpack_words(words, bits, codes):
+    rows, count = codes.shape
+    mask = np.uint32((1 << bits) - 1)
+    for row in range(rows):
+        for i in range(count):
+            word, shift = i * bits >> 5, i * bits & 31
+            field = words[row, word] >> np.uint32(shift)
+            if shift + bits > 32:
+                field |= words[row, word + 1] << np.uint32(32 - shift)
+            codes[row, i] = field & mask
 
 
 @compiled()

@@ -56,7 +56,7 @@ class DecodedTensor(TensorInfo):
     def at_once(self) -> int:
         """Weights to decode at a time: as many as a core's cache likes, or where each of them reads a little of many
         stored rows, as many as a slab has. So what decoding holds does not grow with a tensor."""
-        return 2**19 if self.strided else 2**17
+        return 2**20 if self.strided else 2**17
 
     @property
     def stored_bytes(self) -> int:
