@@ -8,6 +8,7 @@ the others of its kind have, are errors.
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Container, Mapping, Sequence
@@ -21,7 +22,8 @@ from llmcompress.converters.shapes import check_shapes
 
 from llmcompress.checkpoint import Checkpoint, TensorInfo
 from llmcompress.errors import PlanError, nearest, shown
-from llmcompress.gguf.value import Metadata, Value
+from llmcompress.gguf.value import Metadata, Value, ValueType, array
+from llmcompress.grids.floats import to_float32
 from llmcompress.step import Piece, Step
 
 
@@ -32,6 +34,7 @@ class Rule:
     layers: the kind of layers that have it, one of those the architecture's `layers` tells apart; None means all.
     elsewhere: what the tensor is in the other layers, where it is left out; None means that they must not have it.
     whole: targets are whole names of tensors, with no `.weight` or `.bias` to follow.
+    at: the module is number `at` of the modules that are stacked in its target.
     """
 
     targets: tuple[str, ...]
@@ -40,6 +43,7 @@ class Rule:
     layers: str | None = None
     elsewhere: str | None = None
     whole: bool = False
+    at: int | None = None
 
 
 def to(
@@ -49,10 +53,11 @@ def to(
     layers: str | None = None,
     elsewhere: str | None = None,
     whole: bool = False,
+    at: int | None = None,
 ) -> Rule:
     """A rule; `operation` is one for all targets, or one for each."""
     operations = (operation,) * len(targets) if callable(operation) else tuple(operation)
-    return Rule(targets, operations, cut, layers, elsewhere, whole)
+    return Rule(targets, operations, cut, layers, elsewhere, whole, at)
 
 
 Table = dict[str, Rule | None]
@@ -104,6 +109,10 @@ class Architecture:
         default_factory=dict
     )  # beginnings of names of older releases: today's
     left_out: Mapping[str, str] = field(default_factory=dict)  # beginnings of names: what these tensors are
+    instead: Callable[[Config], Architecture | None] = lambda config: (
+        None
+    )  # the table of those of its classes' models that are of another kind
+    told: Mapping[str, str] = field(default_factory=dict)  # modules of one number in each layer: their key
 
     def config(self, values: Mapping[str, Any]) -> Config:
         """config.json's values, those of the text part before the others."""
@@ -196,6 +205,30 @@ def steps_of(architecture: Architecture, checkpoint: Checkpoint, tokens: int) ->
     return steps, notes
 
 
+def told_keys(architecture: Architecture, config: Config, checkpoint: Checkpoint) -> Metadata:
+    """What llama.cpp reads as a key, a number for each layer, where the checkpoint has a tensor of one number.
+
+    Raises PlanError for a layer without one, or with another number of them.
+    """
+    values: dict[str, list[float]] = {}
+    for name, key in told_names(architecture, config).items():
+        if name not in checkpoint.index or math.prod(checkpoint.index[name].shape) != 1:
+            raise PlanError(f"{name}: the checkpoint has no tensor of one number for it; is a shard missing?")
+        value = to_float32(checkpoint.read(name, 0, 1), checkpoint.index[name].dtype).item()
+        values.setdefault(key, []).append(value)
+    return {key: array(ValueType.FLOAT32, numbers) for key, numbers in values.items()}
+
+
+def told_names(architecture: Architecture, config: Config) -> dict[str, str]:
+    """The tensors whose values are metadata: their key."""
+    layers = range(config.need("num_hidden_layers")) if architecture.told else ()
+    return {
+        architecture.prefix + module.replace("{i}", str(layer)): key
+        for module, key in architecture.told.items()
+        for layer in layers
+    }
+
+
 def _left_out(architecture: Architecture, config: Config, name: str) -> str | None:
     """What a tensor is that is left out on purpose: a part that is not the text model, or predicts further tokens."""
     name = architecture.current_name(name)
@@ -258,7 +291,7 @@ def _match(
         match = matcher.fullmatch(name)
         if match and (match["suffix"] != ".bias" or _has_bias(architecture, rule)):
             groups = match.groupdict()
-            expert = int(groups["e"]) if "e" in groups else None
+            expert = int(groups["e"]) if "e" in groups else rule and rule.at
             return rule, groups.get("i") or "", expert, groups["suffix"]
     known = [pattern.replace("{i}", "0").replace("{e}", "0") + ".weight" for pattern in architecture.tensors]
     raise PlanError(
@@ -295,7 +328,12 @@ def _step(name: str, sources: Mapping[int | None, tuple[TensorInfo, Rule, int]],
     elif None in sources and len(first.shape) < 2 and pieces != (Piece(first, 0, 1),):
         operation, piece = picked(first, operation, pieces)
         pieces = (piece,)
-    return Step(name, shape if None in sources else (len(tensors), *shape), pieces, operation)
+    stored_as = made[0].stored_as
+    if None in sources:
+        return Step(name, shape, pieces, operation, stored_as=stored_as)
+    return Step(
+        name, (len(tensors), *shape), pieces, operation, stored_as=stored_as and (len(tensors), *stored_as)
+    )
 
 
 def _cut_rows(step: Step, rows: int, notes: list[str]) -> Step:

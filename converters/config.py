@@ -11,11 +11,11 @@ from llmcompress.errors import PlanError, shown
 _COUNTS = (
     "hidden_size", "n_embd", "d_model", "num_hidden_layers", "n_layer", "n_layers", "num_attention_heads", "n_head", "n_heads", "num_key_value_heads",
     "head_dim", "n_inner", "vocab_size", "max_position_embeddings", "n_positions", "n_ctx",
-    "original_max_position_embeddings", "num_local_experts", "num_experts", "num_experts_per_tok",
+    "original_max_position_embeddings", "num_experts", "num_experts_per_tok",
 )  # fmt: skip
 _SIZES = (
     "sliding_window", "sliding_window_pattern", "_sliding_window_pattern", "num_nextn_predict_layers", "first_k_dense_replace",
-    "shared_intermediate_size", "n_shared_experts", "num_shared_experts",
+    "shared_intermediate_size", "n_shared_experts", "num_shared_experts", "num_local_experts",
 )  # fmt: skip
 _COUNTS_OR_LISTS = ("intermediate_size", "moe_intermediate_size")
 _NUMBERS = (
@@ -36,6 +36,9 @@ class Config:
 
     def __init__(self, values: Mapping[str, Any], defaults: Mapping[str, Any] | None = None) -> None:
         self.values = {**(defaults or {}), **values}
+        kinds = self.get("layers_block_type", "hybrid_override_pattern")
+        if isinstance(kinds, (list, str)):  # transformers counts these, and need not write the number
+            self.values["num_hidden_layers"] = len(kinds)
         for names, wanted, is_wanted in (
             (_COUNTS, "a whole number above zero", _is_count), (_SIZES, "a whole number", _is_size),
             (_COUNTS_OR_LISTS, "a whole number above zero, or a list of them", _is_count_or_list), (_NUMBERS, "a number above zero", is_number),

@@ -55,11 +55,31 @@ MLA = {
 }
 
 
+BETAS = {
+    "beta_fast": 32,
+    "beta_slow": 1,
+}  # YaRN's, and all that llama.cpp's deepseek2 has, whatever the file says
+
+
+def _other_betas(config: Config) -> dict[str, float]:
+    rope = rope_parameters(config)
+    return {
+        name: rope[name]
+        for name, usual in BETAS.items()
+        if rope["rope_type"] == "yarn" and rope.get(name, usual) != usual
+    }
+
+
+def _rope_of_usual_betas(config: Config) -> Config:
+    rope = {name: value for name, value in rope_parameters(config).items() if name not in BETAS}
+    return Config(config.values | {"rope_parameters": rope, "rope_scaling": None})
+
+
 def mla_keys(config: Config) -> Metadata:
     """Attention as llama.cpp runs it: one key and value for all heads, which is the latent and the rotary part."""
     rank, turned = config.need("kv_lora_rank"), config.need("qk_rope_head_dim")
     queries, growth = config.get("q_lora_rank"), rope_parameters(config).get("mscale_all_dim")
-    keys = rotary_decoder_keys(config) | optional_keys({
+    keys = rotary_decoder_keys(_rope_of_usual_betas(config)) | optional_keys({
         "attention.head_count_kv": u32(1),
         "attention.q_lora_rank": None if queries is None else u32(queries),
         "attention.kv_lora_rank": u32(rank),
@@ -68,7 +88,7 @@ def mla_keys(config: Config) -> Metadata:
         "attention.key_length_mla": u32(config.need("qk_nope_head_dim") + turned),
         "attention.value_length_mla": u32(config.need("v_head_dim")),
         "rope.dimension_count": u32(turned),
-    })  # fmt: skip
+    } | {f"rope.scaling.yarn_{name}": f32(value) for name, value in _other_betas(config).items()})  # fmt: skip
     if growth is not None:
         keys.pop("rope.scaling.attn_factor", None)  # llama.cpp derives it from the next
         keys["rope.scaling.yarn_log_multiplier"] = f32(0.1 * growth)
@@ -123,13 +143,16 @@ def _check(config: Config) -> list[str]:
         raise PlanError(
             "config.json: n_shared_experts is none; llama.cpp's deepseek2 has some in every layer"
         )
+    notes = [
+        f"yarn's {name} is {value:g}: llama.cpp turns the heads as if it were {BETAS[name]}"
+        for name, value in _other_betas(config).items()
+    ]
     if config.get("topk_method") == "group_limited_greedy" and config.get("n_group", default=1) > 1:
-        return [
+        notes.append(
             "topk_method is group_limited_greedy: llama.cpp ranks a group of experts by its best two, the model by its "
-            "best; some tokens will go to other experts",
-            *rope_notes(config),
-        ]
-    return rope_notes(config)
+            "best; some tokens will go to other experts"
+        )
+    return notes + rope_notes(config)
 
 
 DEEPSEEK2 = Architecture(

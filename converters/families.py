@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from llmcompress.converters.apertus import APERTUS
 from llmcompress.converters.arcee import ARCEE
 from llmcompress.converters.architecture import Architecture, steps_of
+from llmcompress.converters.bailing import BAILING_MOE, BAILING_MOE2
+from llmcompress.converters.bitnet import BITNET
 from llmcompress.converters.bloom import BLOOM
 from llmcompress.converters.cohere import COHERE, COHERE2
 from llmcompress.converters.config import Config
@@ -11,6 +14,7 @@ from llmcompress.converters.deepseek import DEEPSEEK2, DEEPSEEK3
 from llmcompress.converters.ernie import ERNIE4_5, ERNIE4_5_MOE
 from llmcompress.converters.exaone import EXAONE4
 from llmcompress.converters.falcon import FALCON
+from llmcompress.converters.falcon_h1 import FALCON_H1
 from llmcompress.converters.gemma import GEMMA, GEMMA2, GEMMA3
 from llmcompress.converters.gemma3n import GEMMA3N
 from llmcompress.converters.gemma4 import GEMMA4
@@ -18,13 +22,22 @@ from llmcompress.converters.glm import GLM, GLM4, GLM4_MOE
 from llmcompress.converters.gpt2 import GPT2
 from llmcompress.converters.gpt_neox import GPT_NEOX
 from llmcompress.converters.gpt_oss import GPT_OSS
-from llmcompress.converters.granite import GRANITE, GRANITE_HYBRID, GRANITE_MOE
+from llmcompress.converters.granite import (
+    GRANITE,
+    GRANITE_ATTENTION,
+    GRANITE_ATTENTION_MOE,
+    GRANITE_HYBRID,
+    GRANITE_HYBRID_DENSE,
+    GRANITE_MOE,
+)
 from llmcompress.converters.hunyuan import HUNYUAN_DENSE, HUNYUAN_MOE
+from llmcompress.converters.internlm2 import INTERNLM2
 from llmcompress.converters.jamba import JAMBA
 from llmcompress.converters.lfm2 import LFM2, LFM2_MOE
 from llmcompress.converters.llama import LLAMA, MISTRAL
 from llmcompress.converters.llama4 import LLAMA4
 from llmcompress.converters.mamba import MAMBA, MAMBA2
+from llmcompress.converters.minicpm import MINICPM
 from llmcompress.converters.minimax import MINIMAX_M2
 from llmcompress.converters.mistral3 import MISTRAL3
 from llmcompress.converters.mixtral import MIXTRAL
@@ -40,10 +53,12 @@ from llmcompress.converters.multimodal import (
     QWEN35_SEES,
 )
 from llmcompress.converters.nemotron import NEMOTRON
+from llmcompress.converters.nemotron_h import NEMOTRON_H, NEMOTRON_H_MOE
 from llmcompress.converters.olmo import OLMO2, OLMO3, OLMOE
 from llmcompress.converters.phi import PHI2, PHI3, PHIMOE
 from llmcompress.converters.qwen import QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE
 from llmcompress.converters.qwen3_next import QWEN3_NEXT, QWEN35, QWEN35_MOE
+from llmcompress.converters.rwkv7 import RWKV7
 from llmcompress.converters.seed_oss import SEED_OSS
 from llmcompress.converters.smollm3 import SMOLLM3
 from llmcompress.converters.stablelm import STABLELM
@@ -79,10 +94,12 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     BLOOM,
     MPT,
     FALCON,
+    FALCON_H1,
     STARCODER2,
     STABLELM,
     SMOLLM3,
     ARCEE,
+    APERTUS,
     SEED_OSS,
     OLMO2,
     OLMO3,
@@ -90,9 +107,14 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     GRANITE,
     GRANITE_MOE,
     GRANITE_HYBRID,
+    GRANITE_HYBRID_DENSE,
+    GRANITE_ATTENTION,
+    GRANITE_ATTENTION_MOE,
     COHERE,
     COHERE2,
     NEMOTRON,
+    NEMOTRON_H,
+    NEMOTRON_H_MOE,
     EXAONE4,
     GLM,
     GLM4,
@@ -102,6 +124,11 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     HUNYUAN_DENSE,
     HUNYUAN_MOE,
     MINIMAX_M2,
+    INTERNLM2,
+    MINICPM,
+    BAILING_MOE,
+    BAILING_MOE2,
+    BITNET,
     DEEPSEEK2,
     DEEPSEEK3,
     GPT_OSS,
@@ -109,6 +136,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     LFM2_MOE,
     MAMBA,
     MAMBA2,
+    RWKV7,
     JAMBA,
     MISTRAL3_SEES,
     LLAMA4_SEES,
@@ -119,7 +147,12 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     GEMMA4_SEES,
     KIMI_K25,
 )
-CLASSES: dict[str, Architecture] = {name: family for family in ARCHITECTURES for name in family.classes}
+CLASSES: dict[str, Architecture] = {
+    name: family for family in reversed(ARCHITECTURES) for name in family.classes
+}
+
+
+NO_GRAPH = ("GPTJForCausalLM", "OPTForCausalLM")  # classes that llama.cpp cannot run, whatever the file
 
 
 def find_architecture(config: Config) -> Architecture:
@@ -132,7 +165,13 @@ def find_architecture(config: Config) -> Architecture:
         )
     for name in classes:
         if name in CLASSES:
-            return CLASSES[name]
+            family = CLASSES[name]
+            return family.instead(family.config(config.values)) or family
+    for name in classes:
+        if name in NO_GRAPH:
+            raise PlanError(
+                f"config.json: {name}: llama.cpp has no graph for this class, so no GGUF of it would run"
+            )
     raise PlanError(
         f"config.json: no table for {' or '.join(map(str, classes))}{nearest(str(classes[0]), CLASSES)} "
         "; if it is one of those underneath, name that with --architecture"

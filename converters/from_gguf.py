@@ -117,7 +117,7 @@ class DecodedGGUF:
         float32 `(rows, columns)`. The rows are whole groups."""
         file, columns = self._holders[step.name], columns or slice(0, step.columns)
         grid = GRIDS[file.tensors[step.name].type.name]
-        values = _some_columns(grid, file.read(step.name, first, rows), columns)
+        values = _some_columns(grid, file.read(step.name, first, rows, step.columns), columns)
         bad = first_nonfinite(values, "F32")
         if bad >= 0:
             row, column = divmod(bad, values.shape[1])
@@ -125,6 +125,8 @@ class DecodedGGUF:
                 f"{file.path}: {step.name} decodes to a NaN or infinity (row {first + row}, column "
                 f"{columns.start + column}); the file is damaged: make or fetch it again"
             )
+        if step.operation.factors is not None:
+            values = values / step.operation.factors[first : first + rows]
         if step.operation.compute:
             values = step.operation.inverse(values)
         return _in_order(values, step.operation) if step.operation.group > 1 else values

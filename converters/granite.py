@@ -19,9 +19,10 @@ from llmcompress.converters.llama import ROTARY_ATTENTION, llama_keys
 from llmcompress.converters.mamba import (
     MAMBA2_MIXER,
     MAMBA_BIASES,
+    check_time_steps,
+    groups_of,
     kv_heads_of_layers,
     mixer_at,
-    one_group,
     ssm_keys,
 )
 from llmcompress.converters.rope import rope_notes, rope_tensors
@@ -105,41 +106,66 @@ def _hybrid_layers(config: Config) -> dict[str, Container[int]]:
     return {"attention": attention, "mamba": state_spaces, **shared_layers(config)}
 
 
+def _positions(config: Config) -> Metadata:
+    """Whether the hybrid's attention turns; for other architectures this key says nothing of the kind."""
+    return {"rope.scaling.finetuned": boolean(config.get("position_embedding_type") == "rope")}
+
+
+def _dense_keys(config: Config) -> Metadata:
+    """The size of the shared MLP, where it is the only one."""
+    return {"feed_forward_length": u32(config.need("shared_intermediate_size"))}
+
+
 def hybrid_keys(config: Config) -> Metadata:
     heads, size = config.need("mamba_n_heads"), config.need("mamba_d_head")
     ssm = ssm_keys(
         config, heads * size, config.need("mamba_d_state"), config.need("mamba_d_conv"), heads, config.need("mamba_n_groups")
     )  # fmt: skip
-    turned = {"rope.scaling.finetuned": boolean(config.get("position_embedding_type") == "rope")}
-    kv_heads = kv_heads_of_layers(config, _attention(config))
-    return granite_keys(config) | expert_keys(config) | shared_keys(config) | ssm | kv_heads | turned
+    return granite_keys(config) | ssm | kv_heads_of_layers(config, _attention(config)) | _positions(config)
 
 
 def _check_hybrid(config: Config) -> list[str]:
     inner, hidden = config.need("mamba_n_heads") * config.need("mamba_d_head"), config.need("hidden_size")
-    if len(_attention(config)) == config.need("num_hidden_layers"):
-        raise PlanError(
-            "config.json: no layer is a state space; convert it with --architecture GraniteMoeSharedForCausalLM"
-        )
-    if not config.get("num_local_experts"):
-        raise PlanError(
-            "config.json: num_local_experts is 0; there is no table yet for a hybrid without experts"
-        )
     if inner != 2 * hidden:
         raise PlanError(f"config.json: state spaces of {inner}, llama.cpp's granitehybrid has {2 * hidden}")
-    return check_square_attention(config) + rope_notes(config)
+    return check_square_attention(config) + check_time_steps(config) + rope_notes(config)
 
+
+def _check_attention_alone(config: Config) -> list[str]:
+    if config.get("num_local_experts") and config.get("position_embedding_type") != "rope":
+        raise PlanError(
+            "config.json: attention in all layers, experts and no positions; llama.cpp's granitemoe has positions"
+        )
+    return GRANITE.check(config)
+
+
+def _kind_of_hybrid(config: Config) -> Architecture | None:
+    """The class stands for any mixture of attention, state spaces and experts."""
+    hybrid = len(_attention(config)) < config.need("num_hidden_layers")
+    if config.get("num_local_experts"):
+        return None if hybrid else GRANITE_ATTENTION_MOE
+    return GRANITE_HYBRID_DENSE if hybrid else GRANITE_ATTENTION
+
+
+_DENSE = {
+    "layers.{i}.post_attention_layernorm": to("blk.{i}.ffn_norm"),
+    "layers.{i}.shared_mlp.input_linear": to("blk.{i}.ffn_gate", "blk.{i}.ffn_up"),
+    "layers.{i}.shared_mlp.output_linear": to("blk.{i}.ffn_down"),
+}
+_MIXERS = (
+    EMBEDDING | {"layers.{i}.input_layernorm": ROTARY_ATTENTION["layers.{i}.input_layernorm"]}
+    | only("attention", without(ROTARY_ATTENTION, "input_layernorm"))
+    | only("mamba", mixer_at("layers.{i}.mamba", MAMBA2_MIXER) | {
+        "layers.{i}.mamba.norm": to("blk.{i}.ssm_norm", cut=groups_of("mamba_n_groups")),
+    })
+)  # fmt: skip
 
 GRANITE_HYBRID = replace(
     GRANITE,
     name="granitehybrid",
     classes=("GraniteMoeHybridForCausalLM",),
-    tensors=EMBEDDING | {"layers.{i}.input_layernorm": ROTARY_ATTENTION["layers.{i}.input_layernorm"]}
-    | only("attention", without(ROTARY_ATTENTION, "input_layernorm"))
-    | only("mamba", mixer_at("layers.{i}.mamba", MAMBA2_MIXER) | {
-        "layers.{i}.mamba.norm": to("blk.{i}.ssm_norm", cut=one_group("mamba_n_groups")),
-    }) | GRANITE_EXPERTS,
-    keys=hybrid_keys,
+    tensors=_MIXERS | GRANITE_EXPERTS,
+    keys=lambda config: hybrid_keys(config) | expert_keys(config) | shared_keys(config),
     biases=QKV_BIASES | {"attn_output"} | MAMBA_BIASES,
     defaults=SCALES | {
         "rms_norm_eps": 1e-6, "max_position_embeddings": 2048, "num_local_experts": 8, "num_experts_per_tok": 2,
@@ -149,4 +175,30 @@ GRANITE_HYBRID = replace(
     assumes={"hidden_act": ("silu",), "mamba_conv_bias": (True,), "mamba_proj_bias": (False,)},
     check=_check_hybrid,
     layers=_hybrid_layers,
+    instead=_kind_of_hybrid,
 )  # fmt: skip
+
+GRANITE_HYBRID_DENSE = replace(
+    GRANITE_HYBRID,
+    tensors=_MIXERS | _DENSE,
+    keys=lambda config: hybrid_keys(config) | _dense_keys(config),
+    instead=lambda config: None,
+)
+
+GRANITE_ATTENTION = replace(
+    GRANITE_HYBRID_DENSE,
+    name="granite",
+    tensors=EMBEDDING | ROTARY_ATTENTION | _DENSE,
+    keys=lambda config: granite_keys(config) | _dense_keys(config) | _positions(config),
+    biases=QKV_BIASES | {"attn_output"},
+    check=_check_attention_alone,
+    layers=lambda config: {},
+)
+
+GRANITE_ATTENTION_MOE = replace(
+    GRANITE_ATTENTION,
+    name="granitemoe",
+    tensors=EMBEDDING | ROTARY_ATTENTION | GRANITE_EXPERTS,
+    keys=GRANITE_MOE.keys,
+    layers=shared_layers,
+)

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from llmcompress.converters.architecture import Architecture, steps_of
+from llmcompress.converters.architecture import Architecture, steps_of, told_keys, told_names
 from llmcompress.converters.config import Config
 from llmcompress.converters.families import find_architecture
 from llmcompress.converters.shapes import shape_text
@@ -19,6 +19,7 @@ from llmcompress.converters.tokenizer import read_vocabulary
 from llmcompress.checkpoint import Checkpoint
 from llmcompress.errors import GGUFError, nearest, shown
 from llmcompress.gguf.reader import GGUFFile, StoredTensor
+from llmcompress.gguf.value import Metadata
 from llmcompress.grids import GRIDS
 from llmcompress.step import Piece, Step
 from llmcompress.tensor_info import TensorInfo
@@ -40,7 +41,8 @@ class Part:
 
 @dataclass(frozen=True)
 class DecodedTensor:
-    """A tensor of the checkpoint, described as TensorInfo describes it, and where a GGUF file has its values."""
+    """A tensor of the checkpoint, described as TensorInfo describes it, and where a GGUF file has its values; without
+    parts, one whose values are in the metadata, and read from the checkpoint."""
 
     source: TensorInfo
     parts: tuple[Part, ...]
@@ -68,7 +70,7 @@ class DecodedTensor:
         if any(part.step.operation.transposed for part in self.parts):
             return self.rows
         pieces = [part.piece for part in self.parts]
-        return max(piece.first + (piece.rows - 1) * piece.stride + 1 for piece in pieces)
+        return max((piece.first + (piece.rows - 1) * piece.stride + 1 for piece in pieces), default=0)
 
 
 def match(files: Sequence[GGUFFile], reference: Checkpoint) -> tuple[dict[str, DecodedTensor], list[str]]:
@@ -82,7 +84,8 @@ def match(files: Sequence[GGUFFile], reference: Checkpoint) -> tuple[dict[str, D
     architecture = find_architecture(Config(reference.config))
     config = architecture.config(reference.config)
     holders = {name: file for file in files for name in file.tensors}
-    notes = _differences(files[0], architecture, config)
+    made = architecture.metadata(config) | told_keys(architecture, config, reference)
+    notes = _differences(files[0], architecture, made)
     tokens = _tokens(architecture, config, reference, holders)
     steps, _ = steps_of(architecture, reference, tokens)
     head = _head(architecture, reference, steps)
@@ -103,10 +106,11 @@ def match(files: Sequence[GGUFFile], reference: Checkpoint) -> tuple[dict[str, D
         for tensor in index.values()
         if tensor.stored_rows < tensor.rows
     ]
-    return index, notes
+    told = told_names(architecture, config)
+    return index | {name: DecodedTensor(reference.index[name], ()) for name in told}, notes
 
 
-def _differences(file: GGUFFile, architecture: Architecture, config: Config) -> list[str]:
+def _differences(file: GGUFFile, architecture: Architecture, made_keys: Metadata) -> list[str]:
     """Notes on metadata that the checkpoint's config would make otherwise. Raises GGUFError for another model's."""
     found = {key: value.value for key, value in file.metadata.items()}
     name = found.get("general.architecture")
@@ -116,7 +120,7 @@ def _differences(file: GGUFFile, architecture: Architecture, config: Config) -> 
             f"{architecture.name!r}; {REMEDY}"
         )
     notes = []
-    for key, made in architecture.metadata(config).items():
+    for key, made in made_keys.items():
         if key in found and not _same(found[key], made.value):
             says = f"{key} is {shown(found[key])} in the GGUF, {shown(made.value)} by config.json"
             if key.removeprefix(f"{architecture.name}.") in DECIDING:
@@ -157,14 +161,14 @@ def _head(architecture: Architecture, reference: Checkpoint, steps: Iterable[Ste
 
 def _check(step: Step, holders: dict[str, GGUFFile], first: GGUFFile, reference: Checkpoint) -> None:
     """Raises GGUFError unless the file has the tensor `step` makes, in its shape and a type that can be decoded."""
-    stored, made = _stored(step.name, holders), shape_text(step.shape)
+    stored, made = _stored(step.name, holders), shape_text(step.stored_shape)
     if stored is None:
         raise GGUFError(
             f"{first.path}: no tensor {step.name} ({made}), which {_source(step)} becomes"
             f"{nearest(step.name, holders) or f'; {REMEDY}'}"
         )
     where = f"{holders[step.name].path}: tensor {step.name}"
-    if stored.shape != step.shape:
+    if stored.shape != step.stored_shape:
         raise GGUFError(
             f"{where} is {shape_text(stored.shape)}, {_source(step)} of {reference.directory} makes it "
             f"{made}; {REMEDY}"

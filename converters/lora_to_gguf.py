@@ -135,7 +135,7 @@ def plan_lora(adapter: str | Path, base: str | Path, out: str | Path, type: str 
             raise PlanError(
                 f"{opened.directory}: changes {_source(pair)}; llama.cpp adapts no {pair.step.name}; {MERGE}"
             )
-        if pair.step.operation.compute:
+        if pair.step.operation.changes_values:
             raise PlanError(
                 f"{opened.directory}: changes {_source(pair)}, which {pair.step.operation.name} makes {pair.step.name}; {MERGE}"
             )

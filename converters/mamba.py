@@ -2,30 +2,27 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from llmcompress.converters.architecture import Architecture, Table, renamed, to
 from llmcompress.converters.config import Config
-from llmcompress.converters.operations import Part, column, minus_exp, squeezed
+from llmcompress.converters.operations import Cut, column, minus_exp, reshaped, squeezed
 
 from llmcompress.checkpoint import TensorInfo
-from llmcompress.errors import PlanError
+from llmcompress.errors import PlanError, shown
 from llmcompress.gguf.value import Metadata, ValueType, array, f32, u32
-from llmcompress.step import Piece
 
 ENDLESS = 2**20  # the context of a model that has no positions
 
 
-def one_group(*names: str):
-    """A norm's weight as (groups, size), of one group; `names` are those their number goes by in a config."""
+def groups_of(*names: str) -> Cut:
+    """A norm's weight as (groups, size); `names` are those their number goes by in a config."""
 
-    def cut(config: Config, tensor: TensorInfo, part: int, parts: int) -> Part:
-        count = config.need(*names)
-        if count != 1:
-            raise PlanError(f"{tensor.name}: a norm over {count} groups, one is known here")
-        return Part((1, tensor.columns), (Piece(tensor, 0, 1),))
+    def shape(config: Config, tensor: TensorInfo) -> tuple[int, int]:
+        return config.need(*names), tensor.columns // config.need(*names)
 
-    return cut
+    return reshaped(shape)
 
 
 MAMBA_MIXER: Table = {
@@ -60,6 +57,17 @@ def ssm_keys(config: Config, inner: int, state: int, kernel: int, rank: int, gro
         "ssm.time_step_rank": u32(rank),
     }  # fmt: skip
     return keys if groups is None else keys | {"ssm.group_count": u32(groups)}
+
+
+def check_time_steps(config: Config) -> list[str]:
+    """For all of Mamba 2. Raises PlanError for time steps that are kept within bounds."""
+    bounds = config.get("time_step_limit", "mamba_dt_limit", default=[0.0, math.inf])
+    bounds = [float(bound["__float__"]) if isinstance(bound, dict) else bound for bound in bounds]
+    if bounds != [0.0, math.inf]:
+        raise PlanError(
+            f"config.json: time_step_limit is {shown(bounds)}, llama.cpp does not limit time steps"
+        )
+    return []
 
 
 def kv_heads_of_layers(config: Config, attention: Sequence[int]) -> Metadata:
@@ -107,7 +115,7 @@ def mamba2_keys(config: Config) -> Metadata:
     )
 
 
-_BACKBONE: Table = {
+BACKBONE: Table = {
     "embeddings": to("token_embd"),
     "norm_f": to("output_norm"),
     "lm_head": to("output"),
@@ -119,7 +127,7 @@ MAMBA = Architecture(
     name="mamba",
     classes=("MambaForCausalLM",),
     prefix="backbone.",
-    tensors=_BACKBONE | mixer_at("layers.{i}.mixer", MAMBA_MIXER),
+    tensors=BACKBONE | mixer_at("layers.{i}.mixer", MAMBA_MIXER),
     keys=mamba_keys,
     biases=MAMBA_BIASES,
     defaults=_DEFAULTS | {"state_size": 16, "tie_word_embeddings": True},
@@ -130,11 +138,12 @@ MAMBA2 = Architecture(
     name="mamba2",
     classes=("Mamba2ForCausalLM",),
     prefix="backbone.",
-    tensors=_BACKBONE | mixer_at("layers.{i}.mixer", MAMBA2_MIXER) | {
-        "layers.{i}.mixer.norm": to("blk.{i}.ssm_norm", cut=one_group("n_groups")),
+    tensors=BACKBONE | mixer_at("layers.{i}.mixer", MAMBA2_MIXER) | {
+        "layers.{i}.mixer.norm": to("blk.{i}.ssm_norm", cut=groups_of("n_groups")),
     },
     keys=mamba2_keys,
     biases=MAMBA_BIASES,
     defaults=_DEFAULTS | {"state_size": 128, "num_heads": 128, "head_dim": 64, "n_groups": 8},
     assumes={"use_bias": (False,), "use_conv_bias": (True,), "hidden_act": ("silu",)},
+    check=check_time_steps,
 )  # fmt: skip

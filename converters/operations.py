@@ -6,6 +6,7 @@ its targets gets, and in which shape.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -22,11 +23,13 @@ Shape = tuple[int, ...]
 
 
 class Part(NamedTuple):
-    """What a target gets of a tensor; with `transposed`, pieces count columns."""
+    """What a target gets of a tensor; with `transposed`, pieces count columns. `stored_as` is the file's shape of the
+    values, where it is another."""
 
     shape: Shape
     pieces: tuple[Piece, ...]
     transposed: bool = False
+    stored_as: Shape | None = None
 
 
 Cut = Callable[[Config, TensorInfo, int, int], Part]  # part number `part` of `parts`
@@ -88,6 +91,41 @@ def transposed(config: Config, tensor: TensorInfo, part: int, parts: int) -> Par
 def transposed_turns(config: Config, tensor: TensorInfo, part: int, parts: int) -> Part:
     """The same where the targets take turns, output by output."""
     return _matrices(tensor, parts, lambda rows: (part, rows // parts, parts), True)
+
+
+def times(*names: str, default: float = 1.0) -> Make:
+    """All values times those of the config, which llama.cpp does not multiply by on the way."""
+
+    def operation(config: Config, tensor: TensorInfo) -> Operation:
+        factor = np.float32(np.prod([config.get(name, default=default) for name in names]))
+        return scaled(np.full((tensor.rows, 1), factor), "times " + ", ".join(names))
+
+    return operation
+
+
+def scaled(factors: np.ndarray, name: str) -> Operation:
+    """Each row times its factor, float32 `(rows, 1)`; nothing where all are one."""
+    return COPY if (factors == 1).all() else Operation(name, factors=factors.astype(np.float32))
+
+
+def whole(config: Config, tensor: TensorInfo, part: int, parts: int) -> Part:
+    """All of it for each target."""
+    return equal_parts(config, tensor, 0, 1)
+
+
+def reshaped(shape: Callable[[Config, TensorInfo], Shape]) -> Cut:
+    """All of it, in the shape that `shape` gives."""
+
+    def cut(config: Config, tensor: TensorInfo, part: int, parts: int) -> Part:
+        wanted, held = shape(config, tensor), squeezed(config, tensor, part, parts)
+        if math.prod(wanted) != math.prod(held.shape):
+            raise PlanError(
+                f"{tensor.name}: {math.prod(held.shape)} values, by config.json they are "
+                f"{'x'.join(map(str, wanted))}"
+            )
+        return held._replace(stored_as=wanted)
+
+    return cut
 
 
 def squeezed(config: Config, tensor: TensorInfo, part: int, parts: int) -> Part:

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from llmcompress.converters.adapter_places import with_adapter
-from llmcompress.converters.architecture import Architecture, steps_of
+from llmcompress.converters.architecture import Architecture, steps_of, told_keys
 from llmcompress.converters.config import Config
 from llmcompress.converters.families import class_called, find_architecture
 from llmcompress.converters.metadata import general_metadata
@@ -60,7 +60,8 @@ def plan_gguf(model: str | Path, out: str | Path, recipe: Recipe, progress: Prog
     by_name = {step.name: step for step in steps}
     steps = [by_name[name] for name in tensor_order(list(by_name))]
     general, card_notes = general_metadata(architecture.name, checkpoint, steps, recipe)
-    metadata = general | architecture.metadata(config) | vocabulary.metadata()
+    metadata = general | architecture.metadata(config) | told_keys(architecture, config, checkpoint)
+    metadata |= vocabulary.metadata()
     return make_plan(
         checkpoint,
         steps,

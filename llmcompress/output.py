@@ -59,7 +59,9 @@ def place(
     recipe: Recipe,
 ) -> Output:
     """Lay one file type's tensors out in one file, or in shards of at most `recipe.split_max_size` bytes."""
-    entries = [TensorEntry(step.name, step.shape, TYPES[choice.type]) for step, choice in zip(steps, chosen)]
+    entries = [
+        TensorEntry(step.name, step.stored_shape, TYPES[choice.type]) for step, choice in zip(steps, chosen)
+    ]
     sizes = [GRIDS[choice.type].row_bytes(step.columns) * step.rows for step, choice in zip(steps, chosen)]
     groups = split(sizes, recipe.split_max_size) if recipe.split_max_size else [list(range(len(entries)))]
     paths = shard_names(path, len(groups)) if len(groups) > 1 else [path]

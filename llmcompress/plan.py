@@ -25,7 +25,7 @@ from llmcompress.grids.code_bits import layout_of
 from llmcompress.grids.grid import Grid
 from llmcompress.importance import Importance, Source
 from llmcompress.machine import cores, free_disk
-from llmcompress.mix import ModelTraits
+from llmcompress.mix import NEVER_QUANTIZED, ModelTraits
 from llmcompress.output import Output, OutputFile, output_paths, part_path, place, typed_metadata
 from llmcompress.recipe import SOURCE_TYPES, Recipe
 from llmcompress.sizes import format_size
@@ -132,7 +132,7 @@ def make_plan(
     file_types = list(dict.fromkeys(_file_type(name, steps, metadata) for name in names)) or [
         target.file_type
     ]
-    tensors = [(step.name, step.shape, stored_type(step)) for step in steps]
+    tensors = [(step.name, step.stored_shape, stored_type(step)) for step in steps]
     choices = {
         file_type: choose_types(file_type, tensors, traits, recipe.overrides) for file_type in file_types
     }
@@ -239,8 +239,8 @@ def _importance(steps: Sequence[Step], imatrix: Source | None) -> tuple[Importan
         notes.append(
             f"{imatrix.source}: {unused} of {len(imatrix.entries)} entries name no tensor of this model"
         )
-    bare = [s.name for s in steps if len(s.shape) > 1 and s.name.startswith("blk.") and s.name not in used
-            and s.name.endswith(".weight") and not s.name.endswith(("_norm.weight", "ffn_gate_inp.weight"))]  # fmt: skip
+    bare = [s.name for s in steps if len(s.stored_shape) > 1 and s.name.startswith("blk.") and s.name not in used
+            and s.name.endswith(".weight") and not any(part in s.name for part in NEVER_QUANTIZED)]  # fmt: skip
     if bare:
         notes.append(f"{imatrix.source}: no importance for {len(bare)} tensors, the first is {bare[0]}")
     return used, notes

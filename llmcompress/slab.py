@@ -26,12 +26,13 @@ LARGEST = {"F16": 65504.0, "BF16": 3.3895314e38}
 class Weights:
     """Weights of a slab, before any rounding, read when they are asked for: `raw` in the checkpoint's dtype, `(rows,
     columns)`, checked. `packed` reads them as the source's own bytes where it has them in a number format, which the
-    step names."""
+    step names; `first` is their first row."""
 
     step: Step
     read: Callable[[], np.ndarray]
     dtype: str
     packed: Callable[[], np.ndarray] | None = None
+    first: int = 0
 
     @cached_property
     def raw(self) -> np.ndarray:
@@ -41,8 +42,11 @@ class Weights:
     def float32(self) -> np.ndarray:
         """float32 `(rows, columns)`, after the step's arithmetic."""
         values = to_float32(self.raw, self.dtype)
-        compute = self.step.operation.compute
-        return compute(values) if compute else values
+        operation = self.step.operation
+        values = operation.compute(values) if operation.compute else values
+        if operation.factors is None:
+            return values
+        return values * operation.factors[self.first : self.first + len(values)]
 
     def encoded(
         self,
@@ -59,7 +63,7 @@ class Weights:
             from llmcompress.methods import joint
 
             return joint.quantize(self.float32, grid, solver, importance, effort, pruning)
-        if grid.name == self.dtype and self.step.operation.compute is None:
+        if grid.name == self.dtype and not self.step.operation.changes_values:
             return self.raw.view(np.uint8)
         if self.packed and grid.name == self.step.packed:
             return self.packed()
@@ -84,7 +88,7 @@ def read_slab(checkpoint: Checkpoint, step: Step, slab: Slab) -> Weights:
         return Weights(step, lambda: rows, "F32")
     piece, first = _piece_at(step, slab)
     packed = partial(_read_packed, checkpoint, piece, first, slab.rows) if step.packed else None
-    return Weights(step, partial(_read, checkpoint, step, slab, piece, first), step.dtype, packed)
+    return Weights(step, partial(_read, checkpoint, step, slab, piece, first), step.dtype, packed, slab.first)
 
 
 def _read(checkpoint: Checkpoint, step: Step, slab: Slab, piece: Piece, first: int) -> np.ndarray:

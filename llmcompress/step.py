@@ -17,7 +17,8 @@ class Operation:
     """What happens to rows between the checkpoint and the grid.
 
     `arrange` reorders raw rows `(rows, columns)` of any dtype within runs of `group` rows, or the values of a
-    row where `group` is 1; `compute` maps float32 rows to float32 rows, and `inverse` maps them back.
+    row where `group` is 1; `compute` maps float32 rows to float32 rows, and `inverse` maps them back. `factors`,
+    float32 `(rows of the step, 1)`, are what each row is multiplied by.
     `transposed` means that the rows are the source's columns, `moves_columns` that values change places within a row.
     """
 
@@ -26,8 +27,13 @@ class Operation:
     arrange: Callable[[np.ndarray], np.ndarray] | None = None
     compute: Callable[[np.ndarray], np.ndarray] | None = None
     inverse: Callable[[np.ndarray], np.ndarray] | None = None
+    factors: np.ndarray | None = None
     transposed: bool = False
     moves_columns: bool = False
+
+    @property
+    def changes_values(self) -> bool:
+        return self.compute is not None or self.factors is not None
 
 
 COPY = Operation("copy")
@@ -47,13 +53,19 @@ class Piece:
 
 @dataclass(frozen=True)
 class Step:
-    """One tensor of the result. `shape` is in NumPy's order; `pieces` follow each other row by row."""
+    """One tensor of the result. `shape` is in NumPy's order; `pieces` follow each other row by row. The file may give
+    the same values, row after row, another shape: `stored_as`."""
 
     name: str
     shape: tuple[int, ...]
     pieces: tuple[Piece, ...]
     operation: Operation = COPY
     computed: np.ndarray | None = None  # float32 values made from the config, where there is no source
+    stored_as: tuple[int, ...] | None = None
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        return self.stored_as or self.shape
 
     @property
     def columns(self) -> int:
@@ -74,7 +86,7 @@ class Step:
     @property
     def packed(self) -> str | None:
         """The number format whose very bytes the source has, row by row, where it has one."""
-        if not self.pieces or self.operation.compute or self.operation.arrange:
+        if not self.pieces or self.operation.changes_values or self.operation.arrange:
             return None
         tensor = self.pieces[0].tensor
         as_stored = self.operation.transposed == getattr(tensor, "transposed", False)
@@ -115,7 +127,7 @@ def stored_type(step: Step) -> str:
     if step.packed:
         return step.packed
     kept = step.name in NEVER_QUANTIZED_NAMES or any(part in step.name for part in NEVER_QUANTIZED)
-    weight = step.name.endswith(".weight") and len(step.shape) > 1  # all else is added, or scales
+    weight = step.name.endswith(".weight") and len(step.stored_shape) > 1  # all else is added, or scales
     return "F32" if kept or not weight or step.computed is not None else step.dtype
 
 

@@ -96,7 +96,7 @@ def _check_tables(plan: Plan, files: list[list[GGUFFile]]) -> None:
             file = shards[place.file]
             stored = file.tensors.get(step.name)
             found = stored and (stored.shape, stored.type.name, stored.offset, stored.nbytes)
-            planned = (step.shape, place.grid.name, place.offset, place.nbytes)
+            planned = (step.stored_shape, place.grid.name, place.offset, place.nbytes)
             if found != planned:
                 raise RunError(f"{file.path}: {step.name} reads back as {found}, {planned} was written")
 
@@ -109,13 +109,13 @@ def _compare(plan: Plan, files: list[list[GGUFFile]], slab: Slab) -> list[Fideli
     for output, shards in zip(plan.outputs, files):
         place = output.placements[slab.step]
         file = shards[place.file]
-        decoded = place.grid.dequantize(file.read(step.name, slab.first, slab.rows))
+        decoded = place.grid.dequantize(file.read(step.name, slab.first, slab.rows, step.columns))
         if not np.isfinite(decoded).all():
             raise RunError(f"{file.path}: {step.name} decodes to a NaN or infinity near row {slab.first}")
         np.subtract(decoded, source.float32, out=decoded)
         fidelity = Fidelity(slab.rows, squares(decoded), squares(source.float32))
         unchanged = place.grid.name == step.dtype and not plan.pruning(step)
-        if unchanged and step.operation.compute is None and fidelity.squared_error:
+        if unchanged and not step.operation.changes_values and fidelity.squared_error:
             raise RunError(
                 f"{file.path}: {step.name} was copied and yet differs from its source near row {slab.first}"
             )

@@ -37,6 +37,9 @@ SOURCES = {  # by the module of llmcompress/sources
     "awq": Proof("a plain reference", ("test_awq_by_hand",), _LLAMA),
     "nvfp4": Proof("a plain reference", ("test_nvfp4_of_modelopt_by_hand",), _LLAMA),
     "hqq": Proof("hqq", ("test_hqq_is_what_hqq_dequantizes",), _LLAMA),
+    "bitnet": Proof(
+        "transformers", ("test_bitnet_is_what_transformers_computes", "test_bitnet_rounded_online_is_what_transformers_rounds"),
+    ),
     "torchao": Proof(
         "torchao; int4 a plain reference", ("test_torchao_is_what_torchao_dequantizes", "test_torchao_int4_by_hand"),
         "test_logits_of_a_torchao_llama",

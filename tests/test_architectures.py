@@ -9,13 +9,16 @@ import pytest
 import torch
 import transformers
 from llama_cpp import Model
+from llmcompress.converters.from_gguf import DecodedGGUF
+from relabelled import relabelled
 from tiny_families import MORE
 from tiny_models import BYTE_BPE, FUSED, MODELS, SENTENCEPIECE, build
 
 import llmcompress
+from llmcompress.checkpoint import Checkpoint
 
 NAMES = [*MODELS, *(f"{name}-fused" for name in FUSED)]
-TOKENS = 96  # enough for sliding windows of 16 and the long-context scalings to show
+TOKENS = 256  # far enough for sliding windows of 16 and the long-context scalings to show
 TEXT = (
     "Once upon a time there was a little girl. She said: 'Prince Andrew, what is 12 + 30?' def f(x): return x * 2\n"
     * 4
@@ -49,10 +52,23 @@ def ids_of(folder: Path) -> list[int]:
 
 
 def assert_same_logits(found: np.ndarray, wanted: np.ndarray, share: float) -> None:
-    """The largest difference is under `share` of the logits' range, and the top token the same everywhere."""
+    """The largest difference is under `share` of the logits' range, and the top token the same everywhere, where
+    float32 tells the model's own first from its second."""
     assert np.ptp(wanted) > 5, "logits this flat would prove nothing"
     assert np.abs(found - wanted).max() < share * np.ptp(wanted)
-    assert (found.argmax(-1) == wanted.argmax(-1)).all()
+    top = np.take_along_axis(wanted, found.argmax(-1)[:, None], -1)[:, 0]
+    assert (wanted.max(-1) - top <= 1e-6 * np.ptp(wanted)).all()
+
+
+def assert_reads_back(path: Path, folder: Path) -> None:
+    """Every tensor of the checkpoint is found again in its F32 GGUF."""
+    with Checkpoint.open(folder) as checkpoint, DecodedGGUF.open(path, checkpoint) as decoded:
+        assert decoded.index.keys() == checkpoint.index.keys() and not decoded.notes
+        for name in decoded.index:
+            found, wanted = decoded.read(name), checkpoint.read(name)
+            assert (
+                np.abs(found - wanted).max() <= 2.0**-22 * np.abs(wanted).max()
+            )  # of arithmetic and its inverse
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -70,10 +86,12 @@ def test_f32_logits_are_transformers_logits(name: str, tokenizers: dict[str, Pat
 def test_logits_are_transformers_and_a_k_type_runs(
     name: str, tokenizers: dict[str, Path], tmp_path: Path
 ) -> None:
-    folder = build(name, tmp_path / "tiny", tokenizers, models=MORE)
+    folder, tiny = build(name, tmp_path / "tiny", tokenizers, models=MORE), MORE[name][0]
     ids = ids_of(folder)
-    result = llmcompress.quantize(folder, tmp_path / "{type}.gguf", type=["F32", "Q4_K_M"], verify="full")
+    source = relabelled(tiny, folder, tmp_path / "tiny-relabelled") if tiny.relabel else folder
+    result = llmcompress.quantize(source, tmp_path / "{type}.gguf", type=["F32", "Q4_K_M"], verify="full")
     assert max(tensor.relative_error for tensor in result.outputs[0].tensors) == 0
+    assert_reads_back(result.paths[0], source)
     wanted = expected(folder, ids)
     with Model(result.paths[0]) as model:
         assert_same_logits(model.logits(ids), wanted, 1e-3)

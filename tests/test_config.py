@@ -35,6 +35,8 @@ NOT_IN_TRANSFORMERS = {
 @pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda architecture: architecture.classes[0])
 def test_defaults_are_transformers(architecture: Architecture) -> None:
     text = next(family for family in ARCHITECTURES if family.defaults == architecture.defaults)
+    if not hasattr(transformers, text.classes[0]):
+        pytest.skip("transformers has no such class; the defaults are those of the model's own code")
     known = getattr(transformers, CONFIGS[text.classes[0]])()
     rope = getattr(known, "rope_parameters", None) or {}
     rope = rope.get("full_attention", rope)

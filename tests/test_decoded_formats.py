@@ -691,3 +691,30 @@ def test_whatever_is_damaged_is_an_error_that_says_so(method: str, tmp_path: Pat
                 assert str(folder) in str(error) and "\n" not in str(error), (name, kind)
                 refused += 1
     assert refused >= 4 * len(named)
+
+
+@pytest.mark.parametrize("kind", ["bitlinear", "autobitlinear"])
+def test_bitnet_is_what_transformers_computes(kind: str, tmp_path: Path) -> None:
+    from transformers.integrations import bitnet
+
+    torch.manual_seed(1)
+    codes, scale = torch.randint(-1, 2, (96, 64)).float(), torch.tensor([1.75])
+    tensors = {"l.weight": bitnet.pack_weights(codes.clone()), "l.weight_scale": scale}
+    folder = saved(tmp_path, tensors, {"quant_method": "bitnet", "linear_class": kind}, dtype="float32")
+    check(folder, "l.weight", codes / scale if kind == "bitlinear" else codes * scale, "BitNet, packed")
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_bitnet_rounded_online_is_what_transformers_rounds(first: bool, tmp_path: Path) -> None:
+    from transformers.integrations import bitnet
+
+    torch.manual_seed(1)
+    weight, name = torch.randn(96, 64), "model.layers.0.mlp.up_proj.weight"
+    settings = {"quant_method": "bitnet", "linear_class": "autobitlinear", "quantization_mode": "online"}
+    tensors = {name: weight, "lm_head.weight": weight.clone()}
+    folder = saved(tmp_path, tensors, {} if first else settings, **({"weight_bits": 1} if first else {}))
+    expected = bitnet.WeightQuant.apply(weight)
+    with Checkpoint.open(folder) as checkpoint:
+        found = checkpoint.read(name)
+        assert np.allclose(found, expected, rtol=1e-6, atol=0) and len(np.unique(found)) == 3
+        assert np.array_equal(checkpoint.read("lm_head.weight"), weight)

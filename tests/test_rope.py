@@ -98,6 +98,8 @@ READ_TENSORS = {
     "GraniteForCausalLM",
     "GraniteMoeForCausalLM",
     "GraniteMoeHybridForCausalLM",
+    "ApertusForCausalLM",
+    "MiniCPMForCausalLM",
 }  # llama.cpp's graphs
 LLAMA3_ALONE = {"ArceeForCausalLM", "Exaone4ForCausalLM", "Llama4ForCausalLM"}
 ELSE = {
@@ -108,8 +110,11 @@ ELSE = {
     "mamba",
     "mamba2",
     "jamba",
+    "nemotron_h",
+    "rwkv7",
+    "nemotron_h_moe",
 }  # no rope, or one that their check looks at
-ROTARY = [family.classes[0] for family in ARCHITECTURES if family.name not in ELSE and not family.text]
+ROTARY = list(dict.fromkeys(f.classes[0] for f in ARCHITECTURES if f.name not in ELSE and not f.text))
 
 
 def keys_of(kind: str, rope: dict[str, Any] | None = None, **values: Any) -> dict[str, Any]:
@@ -191,3 +196,19 @@ def test_what_llama_cpp_does_otherwise_is_said() -> None:
     assert notes(YARN) == notes(LONGROPE | {"original_max_position_embeddings": 512}) == []
     assert "contexts beyond 512 tokens will differ" in notes({"rope_type": "dynamic", "factor": 2.0})[0]
     assert "when its context is beyond 128 tokens" in notes(LONGROPE)[0]
+
+
+def test_kimi_k2_has_betas_that_llama_cpp_does_not_read() -> None:
+    rope = {"rope_type": "yarn", "factor": 32.0, "original_max_position_embeddings": 4096, "mscale": 1.0,
+            "mscale_all_dim": 1.0, "beta_fast": 1.0, "beta_slow": 1.0}  # fmt: skip
+    kimi = {
+        "rope_theta": 5e4,
+        "max_position_embeddings": 131072,
+        "num_hidden_layers": 61,
+        "q_lora_rank": 1536,
+    }
+    keys = keys_of("DeepseekV3ForCausalLM", rope, **kimi)
+    assert (keys["rope.scaling.type"], keys["rope.scaling.yarn_beta_fast"]) == ("yarn", 1.0)
+    family = CLASSES["DeepseekV3ForCausalLM"]
+    config = family.config(SIZE | kimi | {"rope_scaling": rope})
+    assert "yarn's beta_fast is 1: llama.cpp turns the heads as if it were 32" in family.check_config(config)

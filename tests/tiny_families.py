@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import relabelled
 import torch
 from tiny_models import BYTE_BPE, LLAMA3_ROPE, SIZE, TOKENS, YARN, Tiny, model
 from transformers.models.phimoe import modeling_phimoe
@@ -49,14 +50,38 @@ GEMMA4 = {
     "per_layer_config": {"1": {"head_dim": 128}, "3": {"head_dim": 128}}, "tie_word_embeddings": True,
 }  # fmt: skip
 TWO_KINDS = {"layer_types": GEMMA4["layer_types"][:2], "per_layer_config": {"1": {"head_dim": 128}}}
+NEMOTRON_H = {key: value for key, value in SIZE.items() if key != "num_hidden_layers"} | {
+    "ssm_state_size": 32, "mamba_num_heads": 8, "mamba_head_dim": 64, "n_groups": 2, "head_dim": 64, "time_step_min": 1e-30,
+}  # fmt: skip
+NEMOTRON_EXPERTS = {
+    "n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 256, "routed_scaling_factor": 1.5,
+    "moe_shared_expert_intermediate_size": 512,
+}  # fmt: skip
+SCALES = {
+    "embedding_multiplier": 3.0,
+    "logits_scaling": 0.5,
+    "residual_multiplier": 0.7,
+    "attention_multiplier": 0.1,
+}
+GRANITE_HYBRID = {
+    "shared_intermediate_size": 256,
+    "mamba_n_heads": 8,
+    "mamba_d_head": 64,
+    "mamba_d_state": 32,
+}
+FALCON_H1 = {
+    "mamba_d_ssm": 512, "mamba_n_heads": 8, "mamba_d_head": 64, "mamba_n_groups": 2, "mamba_d_state": 32,
+    "ssm_multipliers": [0.8, 1.2, 0.7, 0.9, 1.1], "ssm_in_multiplier": 1.25, "ssm_out_multiplier": 0.6,
+    "mlp_multipliers": [0.9, 1.3], "key_multiplier": 0.5, "attention_in_multiplier": 1.5, "attention_out_multiplier": 0.7,
+    "embedding_multiplier": 2.0, "lm_head_multiplier": 0.75,
+}  # fmt: skip
 FOUR = SIZE | {"num_hidden_layers": 4}
 MORE: dict[str, tuple[Tiny, str]] = {
     name: (make, BYTE_BPE)
     for name, make in {
         "olmo2": model("Olmo2ForCausalLM", "Olmo2Config", **SIZE),
         "olmo3": model("Olmo3ForCausalLM", "Olmo3Config", **FOUR, sliding_window=16),
-        "granite": model("GraniteForCausalLM", "GraniteConfig", **SIZE, embedding_multiplier=3.0, logits_scaling=0.5,
-                         residual_multiplier=0.7, attention_multiplier=0.1),
+        "granite": model("GraniteForCausalLM", "GraniteConfig", **SIZE, **SCALES),
         "smollm3": model("SmolLM3ForCausalLM", "SmolLM3Config", **FOUR),
         "arcee": model("ArceeForCausalLM", "ArceeConfig", **SIZE, head_dim=64),
         "seed_oss": model("SeedOssForCausalLM", "SeedOssConfig", **SIZE, head_dim=32),
@@ -131,11 +156,38 @@ MORE: dict[str, tuple[Tiny, str]] = {
                          num_dense_layers=1, moe_intermediate_size=256),
         "mamba": model("MambaForCausalLM", "MambaConfig", hidden_size=256, num_hidden_layers=2, state_size=16),
         "mamba2": model("Mamba2ForCausalLM", "Mamba2Config", hidden_size=256, num_hidden_layers=2, state_size=32, num_heads=8,
-                        head_dim=64, n_groups=1),
+                        head_dim=64, n_groups=2),
+        "bitnet": model("BitNetForCausalLM", "BitNetConfig", ("BitnetForCausalLM",), **SIZE, hidden_act="silu",
+                        tie_word_embeddings=True),
+        "internlm2": model("LlamaForCausalLM", "LlamaConfig", ("InternLM2ForCausalLM",), relabelled.internlm2, **SIZE),
+        "minicpm": model("GraniteForCausalLM", "GraniteConfig", ("MiniCPMForCausalLM",), relabelled.minicpm, **SIZE,
+                         tie_word_embeddings=True, **SCALES | {"attention_multiplier": 0.125}),
+        "bailingmoe": model("GraniteMoeSharedForCausalLM", "GraniteMoeSharedConfig", ("BailingMoeForCausalLM",),
+                            relabelled.bailing_moe, **SIZE, num_local_experts=4, num_experts_per_tok=2,
+                            shared_intermediate_size=1024, attention_multiplier=0.125),
+        "bailingmoe2": model("Glm4MoeForCausalLM", "Glm4MoeConfig", ("BailingMoeV2ForCausalLM",), relabelled.bailing_moe2,
+                             **SIZE, **ROUTED | {"n_routed_experts": 8}, n_group=2, topk_group=1, head_dim=64, use_qk_norm=True),
+        "nemotron-h": model("NemotronHForCausalLM", "NemotronHConfig", **NEMOTRON_H,
+                            layers_block_type=["linear_attention", "mlp", "full_attention", "mlp"]),
+        "nemotron-h-moe": model("NemotronHForCausalLM", "NemotronHConfig", **NEMOTRON_H, **NEMOTRON_EXPERTS,
+                                layers_block_type=["linear_attention", "moe", "full_attention", "moe"], n_group=2),
+        "nemotron-h-latent": model("NemotronHForCausalLM", "NemotronHConfig", **NEMOTRON_H, **NEMOTRON_EXPERTS,
+                                   layers_block_type=["linear_attention", "full_attention", "moe"], moe_latent_size=256),
+        "falcon-h1": model("FalconH1ForCausalLM", "FalconH1Config", **SIZE, **FALCON_H1, mamba_rms_norm=False),
+        "falcon-h1-norm": model("FalconH1ForCausalLM", "FalconH1Config", **SIZE, **FALCON_H1, mamba_rms_norm=True,
+                                mamba_norm_before_gate=False),
+        "apertus": model("ApertusForCausalLM", "ApertusConfig", **SIZE, rope_parameters=LLAMA3_ROPE),
         "jamba": model("JambaForCausalLM", "JambaConfig", **FOUR, **EXPERTS, attn_layer_period=4, attn_layer_offset=1,
                        mamba_dt_rank=16, use_mamba_kernels=False),
-        "granitehybrid": model("GraniteMoeHybridForCausalLM", "GraniteMoeHybridConfig", **SIZE, num_local_experts=4,
-                               num_experts_per_tok=2, shared_intermediate_size=256, mamba_n_heads=8, mamba_d_head=64,
-                               mamba_d_state=32, layer_types=["linear_attention", "full_attention"]),
+        "granitehybrid": model("GraniteMoeHybridForCausalLM", "GraniteMoeHybridConfig", **SIZE, **GRANITE_HYBRID, num_local_experts=4,
+                               num_experts_per_tok=2, layer_types=["linear_attention", "full_attention"]),
+        "granitehybrid-dense": model("GraniteMoeHybridForCausalLM", "GraniteMoeHybridConfig", **SIZE, **GRANITE_HYBRID,
+                                     num_local_experts=0, mamba_n_groups=2, position_embedding_type="rope",
+                                     layer_types=["linear_attention", "full_attention"]),
+        "granitehybrid-attention": model("GraniteMoeHybridForCausalLM", "GraniteMoeHybridConfig", **SIZE, **GRANITE_HYBRID,
+                                         num_local_experts=0, layer_types=["full_attention"] * 2),
+        "granitehybrid-attention-moe": model("GraniteMoeHybridForCausalLM", "GraniteMoeHybridConfig", **SIZE, **GRANITE_HYBRID,
+                                             num_local_experts=4, num_experts_per_tok=2, position_embedding_type="rope",
+                                             layer_types=["full_attention"] * 2),
     }.items()
 }  # fmt: skip

@@ -15,6 +15,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 LOGITS, SAME, NONE = "logits", "logits of a model with the same tensors", "none yet"
+RENAMED = "logits of {}, its tensors under this class's names"
+REFERENCE = dict.fromkeys(
+    ("RWKV7ForCausalLM", "Rwkv7ForCausalLM"), "logits of a plain reference"
+)  # tests/test_rwkv7.py
 TEXT = "plan equal to the text model's (text part alone; the rest is left out)"  # tests/test_multimodal.py
 
 
@@ -24,23 +28,23 @@ def proofs() -> dict[str, str]:
     from tiny_models import MODELS
 
     made = [tiny for tiny, _ in (*MODELS.values(), *MORE.values())]
-    found = {name: SAME for tiny in made for name in tiny.also}
-    return found | {tiny.kind: LOGITS for tiny in made}
+    found = {name: RENAMED.format(tiny.kind) if tiny.relabel else SAME for tiny in made for name in tiny.also}
+    return found | REFERENCE | {tiny.kind: LOGITS for tiny in made}
 
 
 def models() -> str:
-    from llmcompress.converters.families import ARCHITECTURES
+    from llmcompress.converters.families import ARCHITECTURES, NO_GRAPH
 
     proved = proofs()
     rows: dict[tuple[str, str], list[str]] = {}
     for family in ARCHITECTURES:
         for name in family.classes:
             proof = proved.get(name, TEXT if family.text else NONE)
-            rows.setdefault((family.name, proof), []).append(name)
-    return table(
-        ("`general.architecture`", "classes", "proof"),
-        [(f"`{name}`", ", ".join(classes), proof) for (name, proof), classes in rows.items()],
-    )
+            of_row = rows.setdefault((family.name, proof), [])
+            of_row += [name] if name not in of_row else []
+    found = [(f"`{name}`", ", ".join(classes), proof) for (name, proof), classes in rows.items()]
+    refused = ("none", ", ".join(NO_GRAPH), "refused: llama.cpp has no graph for them")
+    return table(("`general.architecture`", "classes", "proof"), [*found, refused])
 
 
 def sources() -> str:

@@ -65,10 +65,13 @@ class GGUFFile:
             cursor.file.close()
             raise
 
-    def read(self, name: str, first: int = 0, rows: int | None = None) -> np.ndarray:
-        """Rows of a tensor flattened to (rows, columns), from `first` on: uint8 (rows, row_bytes)."""
+    def read(
+        self, name: str, first: int = 0, rows: int | None = None, columns: int | None = None
+    ) -> np.ndarray:
+        """Rows of a tensor flattened to (rows, columns), by the last axis or of as many `columns`, from `first` on:
+        uint8 (rows, row_bytes)."""
         tensor = self.tensors[name]
-        width = row_bytes(tensor.type, tensor.shape)
+        width = row_bytes(tensor.type, (columns,) if columns else tensor.shape)
         total = tensor.nbytes // width
         rows = total - first if rows is None else rows
         if not 0 <= first <= first + rows <= total:

@@ -28,6 +28,7 @@ FORMATS = {  # quant_method to the module that reads it
     "modelopt": "nvfp4",
     "hqq": "hqq",
     "torchao": "torchao",
+    "bitnet": "bitnet",
 }
 # Where writers put the settings that config.json lacks, and what quant_method they go without saying.
 BESIDE = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
@@ -43,6 +44,8 @@ def settings_of(
         settings = part.get("quantization_config") if isinstance(part, Mapping) else None
         if settings:
             return settings if isinstance(settings, dict) else {"quant_method": settings}
+    if config.get("weight_bits") == 1:  # the first BitNets
+        return {"quant_method": "bitnet", "quantization_mode": "online"}
     if any(name.endswith(".qweight") for name in index):
         for name, method in BESIDE.items():
             if (directory / name).is_file():
