@@ -15,7 +15,6 @@ from llmcompress.errors import TokenizerError
 
 _LARGEST_SCORE = 3e38  # of a float32
 
-
 ALGORITHMS = {  # llama.cpp's, and what they are
     "gpt2": "byte-level BPE by merges",
     "llama": "SentencePiece's BPE by scores",

@@ -13,7 +13,7 @@ from llmcompress.converters.chat_template import read_chat_templates
 from llmcompress.converters.normalization import read_normalization
 from llmcompress.converters.pretokenizer import check_name, find_pretokenizer
 from llmcompress.converters.special_tokens import SpecialTokens, find_special_tokens
-from llmcompress.converters.token_sources import SHOWN, fill, find_algorithm, spelling
+from llmcompress.converters.token_sources import ALGORITHMS, SHOWN, fill, find_algorithm, spelling
 from llmcompress.converters.token_table import TokenTable
 from llmcompress.converters.tokenizer_differences import find_differences
 from llmcompress.converters.tokenizer_files import TokenizerFiles, configs_of, read_files, runnable
@@ -101,7 +101,7 @@ def _pretokenizer(
                 f"--pre {pre}: for byte-level BPE only, and {files.where} is of kind {model!r}"
             )
         name = "gemma4" if model == "gemma4" else "default"
-        return name, f"tokenizer of kind {model!r}, which has no pre-tokenizer"
+        return name, f"tokenizer of kind {model!r} ({ALGORITHMS[model]}), which has no pre-tokenizer"
     if pre is not None:
         return check_name(pre), f"pre-tokenizer {pre!r}, by --pre"
     if files.json is None:
