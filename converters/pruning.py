@@ -14,7 +14,7 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -54,7 +54,8 @@ from llmcompress.wrapped import WrappedCheckpoint
 if TYPE_CHECKING:
     from llmcompress.converters.sequential import BlockInputs, SequentialInputs
 
-BYTES_PER_WEIGHT = 16  # of a matrix under way
+BYTES_PER_WEIGHT = 24  # of a matrix under way
+BYTES_OF_SOLVERS = 36  # for each element of XᵀX: two that are kept, and one in the making
 # What was done in place of the method.
 FALLBACKS = ("", "magnitude of each row, for too few tokens", "wanda, for H has no Cholesky factor")
 
@@ -72,12 +73,12 @@ class PruningPlan:
     notes: tuple[str, ...]
     shares: tuple[float, ...] = ()
 
-    @property
+    @cached_property
     def copied(self) -> dict[str, TensorInfo]:
         pruned = {matrix.tensor.name for matrix in self.matrices}
         return {name: tensor for name, tensor in self.checkpoint.index.items() if name not in pruned}
 
-    @property
+    @cached_property
     def first_number(self) -> int:
         """Of the matrices' works, behind those of the copies."""
         return sum(-(-tensor.nbytes // COPY_BYTES) for tensor in self.copied.values())
@@ -197,6 +198,8 @@ def _workers(matrices: Sequence[Matrix], options: PruningOptions, live: Sequenti
         return workers
     largest = BYTES_PER_WEIGHT * max(matrix.weights for matrix in matrices)
     fixed = FIXED_RAM + (live.ram if live else 0)
+    if options.method == "sparsegpt":
+        fixed += BYTES_OF_SOLVERS * max(matrix.inputs for matrix in matrices) ** 2
     if fixed + largest > options.max_ram:
         raise PlanError(
             f"--max-ram {format_size(options.max_ram)} is too little: this job needs {format_size(fixed + largest)}, "

@@ -26,6 +26,7 @@ __all__ = [
     "show_tuning",
 ]
 
+LISTED = 6  # tensors named in a line
 # Figures in the order they are shown: key, label, and the factor and unit they are shown in.
 FIGURES = (
     ("reference_perplexity", "perplexity of the reference", 1, ""),
@@ -62,7 +63,8 @@ def show_pruning(report: PruningReport) -> None:
         f"{report.path}: {report.options.method}, {report.sparsity:.2%} of {len(report.tensors)} matrices are zeros, "
         f"{report.sparsity_of_model:.2%} of the model"
     )
-    print_out(f"left as they are: {', '.join(report.left) or 'none'}")
+    more = f" and {len(report.left) - LISTED} more" if len(report.left) > LISTED else ""
+    print_out(f"left as they are: {', '.join(report.left[:LISTED]) or 'none'}{more}")
     print_out("a checkpoint of the same size and speed: no runtime that reads it skips zeros")
     for note in report.notes:
         print_out(f"note: {note}")

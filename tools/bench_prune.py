@@ -9,7 +9,7 @@ table: perplexity on held-out text of the dense model and of what `prune` makes 
     of dividing half of the weights up: over the whole model, by the rows' scores, by the blocks' outliers (OWL).
 joint: mean KL divergence of a Q3_K file whose weights were pruned and rounded in one sweep, and of those that were pruned
     first and quantized after, on the same tokens.
-memory: peak of pruning a large bf16 checkpoint by sparsegpt, above the interpreter with its libraries.
+memory: peak of pruning a large bf16 checkpoint by sparsegpt, its sweep alone, above the interpreter with its libraries.
 
 Prints the rows of each part, with bars and whether they are met.
 """
@@ -187,7 +187,7 @@ def memory(size: str, tokens: str, work: Path) -> None:
     cost = measure(command)
     above, own = cost.peak - libraries.peak, cost.own - libraries.own
     print(
-        f"\n{size}, bf16, sparsegpt on {tokens} tokens: {cost.seconds:.0f} s, peak above the libraries' "
+        f"\n{size}, bf16, sparsegpt --effort fast on {tokens} tokens: {cost.seconds:.0f} s, peak above the libraries' "
         f"{format_size(above)}, without pages of files {format_size(own)}",
         flush=True,
     )
