@@ -105,10 +105,7 @@ def plan_lora(adapter: str | Path, base: str | Path, out: str | Path, type: str 
         _check_kind(opened)
         architecture = find_architecture(Config(checkpoint.config))
         architecture.check_config(architecture.config(checkpoint.config))
-        if architecture.name in UNTRIED:
-            raise PlanError(
-                f"{base}: whether llama.cpp's {architecture.name} uses every tensor of an adapter is not known; {MERGE}"
-            )
+        require_tried(architecture.name, base)
         steps = weight_steps(checkpoint)
         patches = Places(opened, checkpoint).patches()
     used = {piece.tensor.name for step in steps for piece in step.pieces}
@@ -130,8 +127,7 @@ def plan_lora(adapter: str | Path, base: str | Path, out: str | Path, type: str 
             raise PlanError(
                 f"{opened.directory}: changes the embedding, which llama.cpp takes for the head, too; {MERGE}"
             )
-        ignored = "|".join(filter(None, (UNADAPTED["*"], UNADAPTED.get(architecture.name))))
-        if re.fullmatch(rf"({ignored})(\.weight)?", pair.step.name) or len(pair.step.shape) < 2:
+        if not is_adapted(architecture.name, pair.step.name) or len(pair.step.shape) < 2:
             raise PlanError(
                 f"{opened.directory}: changes {_source(pair)}; llama.cpp adapts no {pair.step.name}; {MERGE}"
             )
@@ -162,6 +158,20 @@ def run_lora(plan: LoraPlan, progress: Progress = Progress()) -> Path:
             progress.advance(data.nbytes)
         file.write(b"\0" * (layout.size - file.tell()))
     return plan.path
+
+
+def require_tried(architecture: str, base: str | Path) -> None:
+    """Raise PlanError for an architecture of which it is not known which tensors of an adapter llama.cpp uses."""
+    if architecture in UNTRIED:
+        raise PlanError(
+            f"{base}: whether llama.cpp's {architecture} uses every tensor of an adapter is not known; {MERGE}"
+        )
+
+
+def is_adapted(architecture: str, name: str) -> bool:
+    """Whether llama.cpp multiplies with a tensor of the GGUF through its adapters."""
+    ignored = "|".join(filter(None, (UNADAPTED["*"], UNADAPTED.get(architecture))))
+    return not re.fullmatch(rf"({ignored})(\.weight)?", name)
 
 
 def _check_kind(adapter: Adapter) -> None:

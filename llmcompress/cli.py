@@ -11,6 +11,7 @@ import typer
 from llmcompress import (
     __version__,
     adapter_commands,
+    compensate_command,
     finetune_command,
     model_commands,
     prune_command,
@@ -343,6 +344,7 @@ job(
 app.command("calibrate")(model_commands.calibrate)
 app.command("evaluate")(model_commands.evaluate)
 app.command("finetune")(finetune_command.finetune)
+app.command("compensate")(compensate_command.compensate)
 app.command("prune")(prune_command.prune)
 app.command("run")(run_command.run)
 app.command("distill")(finetune_command.distill)

@@ -10,6 +10,7 @@ from llmcompress.display import live_progress, print_out
 
 if TYPE_CHECKING:
     from llmcompress.converters.calibration import CalibrationReport
+    from llmcompress.converters.compensation import CompensationReport
     from llmcompress.converters.evaluation import EvaluationReport
     from llmcompress.converters.finetuning import TuningReport
     from llmcompress.converters.gradual import GradualReport
@@ -53,6 +54,17 @@ def show_calibration(report: CalibrationReport) -> None:
     print_out(
         f"{report.path}: {len(report.statistics.entries)} weights, {report.tokens} tokens{resumed}, in {report.dtype}"
     )
+    for note in report.notes:
+        print_out(f"note: {note}")
+
+
+def show_compensation(report: CompensationReport) -> None:
+    """Where the adapter is, and how much of the error it leaves."""
+    print_out(
+        f"{report.path}: rank {report.options.rank}, {len(report.linears)} linears, {report.weights:,} weights; leaves "
+        f"{report.left:.0%} of the linears' squared error on the calibration's inputs"
+    )
+    print_out(f"it fits {report.artefact} alone, not the model that was made from")
     for note in report.notes:
         print_out(f"note: {note}")
 

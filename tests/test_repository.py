@@ -67,6 +67,7 @@ LAYERS = [
         "finetune_command",
         "prune_command",
         "run_command",
+        "compensate_command",
     },
     {"cli", "__main__"},
 ]
