@@ -33,9 +33,20 @@ def plan_requantized(
         if getattr(recipe, field, None):
             raise PlanError(f"--{field}: needs the model that {path} was made from; give its directory")
     source = GGUFSource.open(path)
-    steps = [
+    return plan_tensors(source, whole_steps(source), out, recipe, progress)
+
+
+def whole_steps(source: GGUFSource) -> list[Step]:
+    """Every tensor of the file, as it is."""
+    return [
         Step(name, tensor.shape, (Piece(tensor, 0, tensor.rows),)) for name, tensor in source.index.items()
     ]
+
+
+def plan_tensors(
+    source: GGUFSource, steps: list[Step], out: str | Path, recipe: Recipe, progress: Progress = Progress()
+) -> Plan:
+    """The plan of a file made of tensors of another. Raises LlmcompressError as `plan_requantized` does."""
     metadata = dict(source.metadata)
     metadata |= {"general.name": string(recipe.name)} if recipe.name else {}
     metadata |= {"tokenizer.ggml.pre": string(recipe.pre)} if recipe.pre else {}
