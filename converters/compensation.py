@@ -20,7 +20,14 @@ from llmcompress.converters.config import Config
 from llmcompress.converters.families import find_architecture, weight_steps
 from llmcompress.converters.from_gguf import DecodedGGUF
 from llmcompress.converters.linears import AS_IT_IS, Linear, linears_of
-from llmcompress.converters.lora_to_gguf import OUTPUT, is_adapted, plan_lora, require_tried, run_lora
+from llmcompress.converters.lora_to_gguf import (
+    OUTPUT,
+    is_adapted,
+    plan_lora,
+    require_float,
+    require_tried,
+    run_lora,
+)
 from llmcompress.converters.to_gguf import importance_source, open_checkpoint
 from safetensors.numpy import save
 
@@ -55,7 +62,11 @@ class CompensationOptions:
     @property
     def recipe(self) -> Recipe:
         return Recipe(
-            method="gptq", hessian=self.hessian, calibrate=not self.hessian, data=self.data, tokens=self.tokens
+            method="gptq",
+            hessian=self.hessian,
+            calibrate=not self.hessian,
+            data=self.data,
+            tokens=self.tokens,
         )
 
 
@@ -113,7 +124,9 @@ def compensate(
     as_gguf = out.suffix == ".gguf"
     if options.rank < 1:
         raise PlanError(f"--rank {options.rank}: must be at least 1")
-    if not as_gguf:
+    if as_gguf:
+        require_float(options.type)
+    else:
         require_free_place(out)
     with open_checkpoint(reference, options.recipe) as model, _opened(artefact, model) as held:
         model.require_plain()
@@ -144,7 +157,14 @@ def compensate(
     notes += _notes_on_unweighed(done)
     config = _config(artefact, options.rank, done, _has_inputs_first(linears))
     report = CompensationReport(
-        out, str(artefact), str(reference), options, tuple(done), weights, tuple(notes), time.monotonic() - started
+        out,
+        str(artefact),
+        str(reference),
+        options,
+        tuple(done),
+        weights,
+        tuple(notes),
+        time.monotonic() - started,
     )
     if as_gguf:
         with tempfile.TemporaryDirectory(prefix="llmcompress-") as folder:
@@ -188,12 +208,18 @@ def _linears(
                 "was made from"
             )
         chosen.append(linear)
-    notes = [f"{len(experts)} matrices of experts stay as they are, the first is {experts[0]}"] if experts else []
+    notes = (
+        [f"{len(experts)} matrices of experts stay as they are, the first is {experts[0]}"] if experts else []
+    )
     return chosen, notes
 
 
 def _solved(
-    model: Checkpoint, held: Checkpoint | DecodedGGUF, linears: Sequence[Linear], importance: Importance, rank: int
+    model: Checkpoint,
+    held: Checkpoint | DecodedGGUF,
+    linears: Sequence[Linear],
+    importance: Importance,
+    rank: int,
 ) -> Iterator[tuple[Linear, dict[str, np.ndarray], CompensatedLinear | None]]:
     """The factors of every linear by their names in the adapter, in the order in which the inputs become known; none
     where the artefact has the very weights."""
@@ -206,7 +232,9 @@ def _solved(
         error = _weights(model, linear) - _weights(held, linear)
         name, shape = linear.step.name, error.shape
         if not np.isfinite(error).all():
-            raise RunError(f"{name}: the model or the artefact holds a NaN or infinity; make or fetch it again")
+            raise RunError(
+                f"{name}: the model or the artefact holds a NaN or infinity; make or fetch it again"
+            )
         if not error.any():
             yield linear, {}, None
             continue

@@ -65,6 +65,19 @@ def drop_layers(model: str | Path, out: str | Path, options: StructureOptions, p
     return report
 
 
+def choose_layers(model: str | Path, options: StructureOptions, out: Path, progress: Progress = Progress()) -> list[int]:  # fmt: skip
+    """The layers that `options` would let go of `model`, for a file `out` of it. Raises LlmcompressError."""
+    with Checkpoint.open(model) as checkpoint:
+        checkpoint.require_plain()
+        if options.drop >= layer_count(checkpoint):
+            raise PlanError(
+                f"--drop {options.drop}: the model has {layer_count(checkpoint)} layers, one has to stay"
+            )
+        dropped = _Search(checkpoint, options, out, progress).run()
+    state_file(out).unlink(missing_ok=True)
+    return dropped
+
+
 def without(checkpoint: Checkpoint, dropped: Sequence[int]) -> SmallerCheckpoint:
     """The checkpoint without some layers, the others renumbered. Raises PlanError where they cannot be left out."""
     architecture = find_architecture(Config(checkpoint.config))

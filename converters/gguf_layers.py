@@ -57,7 +57,9 @@ class CutSource(GGUFSource):
         run_bytes = width // block * size
         self.kept = tuple(slice(layer * run_bytes, (layer + 1) * run_bytes) for layer in layers.kept)
         shape = (*tensor.shape[:-1], width * len(layers.kept))
-        self.index[BY_COLUMNS] = replace(tensor, shape=shape, nbytes=tensor.rows * run_bytes * len(layers.kept))
+        self.index[BY_COLUMNS] = replace(
+            tensor, shape=shape, nbytes=tensor.rows * run_bytes * len(layers.kept)
+        )
 
     def read_packed(self, name: str, first: int, rows: int) -> np.ndarray:
         data = super().read_packed(name, first, rows)
@@ -149,7 +151,9 @@ def _cut_rows(step: Step, layers: KeptLayers) -> Step:
     tensor: PackedTensor = step.pieces[0].tensor
     height = tensor.rows // layers.count
     if tensor.rows % layers.count:
-        raise PlanError(f"{step.name}: has {tensor.rows} rows for {layers.count} layers; is the file complete?")
+        raise PlanError(
+            f"{step.name}: has {tensor.rows} rows for {layers.count} layers; is the file complete?"
+        )
     pieces = tuple(Piece(tensor, layer * height, height) for layer in layers.kept)
     return replace(step, shape=(height * len(layers.kept), tensor.columns), pieces=pieces)
 

@@ -23,7 +23,16 @@ OF_LAYERS = {
 NOT_OF_LAYERS = {"rope.dimension_sections", "classifier.output_labels"}
 SLIDES, RECURS = "attention.sliding_window_pattern", "attention.recurrent_layers"
 # Every so-manieth layer sees all tokens, where the array does not say which.
-SLIDING = {"gemma2": 2, "gemma3": 6, "gemma3n": 5, "cohere2": 4, "olmo2": 4, "exaone4": 4, "gpt-oss": 2, "llama4": 4}
+SLIDING = {
+    "gemma2": 2,
+    "gemma3": 6,
+    "gemma3n": 5,
+    "cohere2": 4,
+    "olmo2": 4,
+    "exaone4": 4,
+    "gpt-oss": 2,
+    "llama4": 4,
+}
 RECURRENT = {"qwen3next": 4, "qwen35": 4, "qwen35moe": 4}
 # No array says these: every so-manieth layer is another, or those from a number on are.
 STEPS = {"smollm3": {"turns its queries (rope)": 4}, "llama4": {"turns its queries (rope)": 4}}
@@ -31,7 +40,10 @@ STEP_KEYS = {"interleave_moe_layer_step": "has experts"}
 BORDERS = {"gemma3n": {"has sparse activations": 10, "has keys of its own": 20}}
 # Numbers of layers by which llama.cpp tells models apart that compute something else.
 COUNTS: dict[str, tuple[tuple[str, frozenset[int]], ...]] = {
-    "deepseek2": (("queries without a low rank", frozenset({26, 27})), ("another router", frozenset({47, 48}))),
+    "deepseek2": (
+        ("queries without a low rank", frozenset({26, 27})),
+        ("another router", frozenset({47, 48})),
+    ),
     "command-r": (("norms of queries and keys", frozenset(range(64, 1024))),),
     "exaone4": (("a sliding window", frozenset({64})),),
     "gemma2": (("another scale of queries", frozenset({46})),),
@@ -95,7 +107,9 @@ def _number(metadata: Mapping[str, Value], key: str, default: int) -> int:
     if held is None:
         return default
     if type(held.value) is not int or held.value < 0:
-        raise GGUFError(f"{key} is {shown(held.value)}, it must be a whole number; make or fetch the file again")
+        raise GGUFError(
+            f"{key} is {shown(held.value)}, it must be a whole number; make or fetch the file again"
+        )
     return held.value
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from llmcompress.converters.architecture import Architecture
 
+from llmcompress.checkpoint import Checkpoint
 from llmcompress.errors import PlanError
 from llmcompress.step import Operation, Piece, Step, is_linear
 from llmcompress.tensor_info import TensorInfo
@@ -79,6 +80,17 @@ def _expert_name(architecture: Architecture, step: Step, expert: int) -> str:
     raise PlanError(
         f"{step.pieces[0].tensor.name}: {architecture.classes[0]} has no names for single experts"
     )
+
+
+def beside_linears(
+    architecture: Architecture, checkpoint: Checkpoint, linears: Sequence[Linear]
+) -> dict[str, TensorInfo]:
+    """The checkpoint's other tensors, by their names beside linears that are named as `linears` are."""
+    sources = {linear.step.pieces[0].tensor.name: linear.step.pieces[0].tensor for linear in linears}
+    rest = {name: tensor for name, tensor in checkpoint.index.items() if name not in sources}
+    if any(len(tensor.shape) > 2 for tensor in sources.values()):
+        rest = {name_beside_single_experts(architecture, name): tensor for name, tensor in rest.items()}
+    return rest
 
 
 def name_beside_single_experts(architecture: Architecture, name: str) -> str:

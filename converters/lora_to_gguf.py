@@ -98,8 +98,7 @@ class LoraPlan:
 def plan_lora(adapter: str | Path, base: str | Path, out: str | Path, type: str = "F32") -> LoraPlan:
     """Which tensors the adapter's GGUF will have. Raises LlmcompressError for what the format cannot hold, and for an
     adapter of another model than `base`."""
-    if type.upper() not in FLOAT_TYPES:
-        raise PlanError(f"--type {type}: none of {', '.join(FLOAT_TYPES)}{nearest(type, FLOAT_TYPES)}")
+    require_float(type)
     with Checkpoint.open(base) as checkpoint:
         opened = without_copies(Adapter.open(adapter), checkpoint)
         _check_kind(opened)
@@ -158,6 +157,12 @@ def run_lora(plan: LoraPlan, progress: Progress = Progress()) -> Path:
             progress.advance(data.nbytes)
         file.write(b"\0" * (layout.size - file.tell()))
     return plan.path
+
+
+def require_float(type: str) -> None:
+    """Raise PlanError for a type that an adapter's tensors cannot have."""
+    if type.upper() not in FLOAT_TYPES:
+        raise PlanError(f"--type {type}: none of {', '.join(FLOAT_TYPES)}{nearest(type, FLOAT_TYPES)}")
 
 
 def require_tried(architecture: str, base: str | Path) -> None:

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from llmcompress.converters.architecture import Architecture
 from llmcompress.converters.coded_linears import CodedPlan, Format
-from llmcompress.converters.linears import Linear, name_beside_single_experts
+from llmcompress.converters.linears import Linear, beside_linears
 
 from llmcompress import __version__
 from llmcompress.checkpoint import Checkpoint, TensorInfo
@@ -48,11 +48,7 @@ class GptqFormat(Format):
     ) -> tuple[list[Linear], dict[str, TensorInfo]]:
         for linear in linears:
             self._check_shape(linear)
-        sources = {linear.step.pieces[0].tensor.name: linear.step.pieces[0].tensor for linear in linears}
-        rest = {name: tensor for name, tensor in checkpoint.index.items() if name not in sources}
-        if any(len(tensor.shape) > 2 for tensor in sources.values()):
-            rest = {name_beside_single_experts(architecture, name): tensor for name, tensor in rest.items()}
-        return list(linears), rest
+        return list(linears), beside_linears(architecture, checkpoint, linears)
 
     def unit(self, linear: Linear) -> int:
         return CODES  # fill whole words

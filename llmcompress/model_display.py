@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 __all__ = [
     "live_progress",
     "show_calibration",
+    "show_compensation",
     "show_evaluation",
     "show_gradual",
     "show_pruning",
@@ -64,7 +65,7 @@ def show_compensation(report: CompensationReport) -> None:
         f"{report.path}: rank {report.options.rank}, {len(report.linears)} linears, {report.weights:,} weights; leaves "
         f"{report.left:.0%} of the linears' squared error on the calibration's inputs"
     )
-    print_out(f"it fits {report.artefact} alone, not the model that was made from")
+    print_out(f"it fits {report.artefact} and nothing else, {report.reference} least of all")
     for note in report.notes:
         print_out(f"note: {note}")
 

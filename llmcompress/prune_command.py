@@ -33,30 +33,34 @@ Pattern = Annotated[
 ZEROS = ("magnitude", "wanda", "sparsegpt")
 BY_INPUTS = ("wanda", "sparsegpt")
 SMALLER = ("layers", "width", "experts")
+LOW_RANK = ("svd",)
 KNOWN_TO: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("sparsity", "pattern", "shares", "keep"), ZEROS),
-    **dict.fromkeys(("data", "tokens", "chunk", "seed", "dtype", "device", "hidden_ram", "batch_tokens"), (*BY_INPUTS, *SMALLER)),
+    **dict.fromkeys(("data", "tokens"), (*BY_INPUTS, *SMALLER, *LOW_RANK)),
+    **dict.fromkeys(("chunk", "seed", "dtype", "device", "hidden_ram", "batch_tokens"), (*BY_INPUTS, *SMALLER)),
     "allocate": BY_INPUTS,
     "whole_model": ("magnitude",),
-    "max_ram": ZEROS,
+    "max_ram": (*ZEROS, *LOW_RANK),
     "drop": ("layers", "experts"),
     "layers": ("layers",),
-    "ratio": ("width", "experts"),
+    "ratio": ("width", "experts", *LOW_RANK),
+    **dict.fromkeys(("rank", "hessian"), LOW_RANK),
     "parts": ("width",),
     "by": SMALLER,
     "by_score": ("wanda",),
     "effort": ("sparsegpt",),
     **dict.fromkeys(("heal", "schedule", "max_loss", "patience", "heal_method", "heal_steps", "heal_lr"), ZEROS),
+    **dict.fromkeys(("imatrix", "reference"), ("layers",)),
 }  # fmt: skip
 OF_HEALING = ("seed", "device")  # options that mean something to healing, too
 
 
 @reported
 def prune(
-    model: Annotated[str, typer.Argument(help="A model directory, or a hub id.")],
-    out: Annotated[str, typer.Option("-o", "--output", metavar="DIR", help="The folder to make.")] = "{name}-pruned",
+    model: Annotated[str, typer.Argument(help="A model directory, or a hub id; for --method layers a GGUF, too.")],
+    out: Annotated[str, typer.Option("-o", "--output", metavar="PATH", help="The folder to make, or of a GGUF the file.")] = "{name}-pruned",
     method: Annotated[
-        str, typer.Option("--method", metavar="METHOD", help="Which weights become zeros: magnitude, wanda, sparsegpt. Or what goes as a whole: layers, width, experts.")
+        str, typer.Option("--method", metavar="METHOD", help="Which weights become zeros: magnitude, wanda, sparsegpt. Or what goes as a whole: layers, width, experts. Or svd: linears of low rank.")
     ] = "wanda",
     sparsity: Sparsity = None,
     pattern: Pattern = None,
@@ -78,7 +82,11 @@ def prune(
         Optional[str], typer.Option("--layers", metavar="NUMBERS", help="The layers that go, such as 20,21 or 20-22; no --drop.")
     ] = None,
     ratio: Annotated[
-        Optional[float], typer.Option("--ratio", metavar="SHARE", help="Of the width, or of each layer's experts, that goes.")
+        Optional[float], typer.Option("--ratio", metavar="SHARE", help="Of the width, or of each layer's experts, that goes; of svd, of what two factors save.")
+    ] = None,
+    rank: Annotated[Optional[int], typer.Option("--rank", metavar="N", help="Of every linear, for svd.")] = None,
+    hessian: Annotated[
+        Optional[str], typer.Option("--hessian", metavar="DIR", help="A folder by calibrate --hessian, for svd; without one the model is calibrated on the way.")
     ] = None,
     parts: Annotated[
         Optional[str], typer.Option("--parts", metavar="PARTS", help="ffn, attention.  [default: both]")
@@ -90,6 +98,12 @@ def prune(
     effort: Annotated[
         str, typer.Option("--effort", metavar="EFFORT", help="Of letting what stays make up for what goes: fast, the paper's sweep; normal or best.")
     ] = "normal",
+    imatrix: Annotated[
+        Optional[str], typer.Option("--imatrix", metavar="FILE", help="Of a GGUF: its importance matrix, of which one for the result is made.")
+    ] = None,
+    reference: Annotated[
+        Optional[str], typer.Option("--reference", metavar="MODEL", help="Of a GGUF: the model it was made from, on which --drop measures.")
+    ] = None,
     data: Data = None,
     tokens: Annotated[
         Optional[str], typer.Option("--tokens", metavar="N", help="Tokens to calibrate on.  [default: 256k; for layers 8k]")
@@ -223,8 +237,41 @@ def _gradual(given: dict[str, Any], steps: list[PruningOptions], progress: Progr
 
 SAME = ("method", "sparsity", "pattern", "whole_model", "by_score", "allocate", "effort", "chunk", "seed", "dtype",
         "batch_tokens", "device", "threads")  # fmt: skip
+
+
+def _low_rank(given: dict[str, Any]) -> None:
+    """Linears of low rank: svd."""
+    from llmcompress import model_display
+    from llmcompress.converters.coded_linears import run_coded
+    from llmcompress.converters.truncation import plan_truncation
+    from llmcompress.display import show_result
+    from llmcompress.recipe import Recipe
+
+    sizes = {
+        name: parse_size(given[name], f"--{name.replace('_', '-')}") for name in SIZES[1:] if given[name]
+    }
+    sizes.setdefault("max_ram", UNBOUNDED)
+    recipe = Recipe(
+        method="gptq", hessian=given["hessian"], calibrate=not given["hessian"], threads=given["threads"],
+        data=tuple(given["data"] or ("default",)), tokens=parse_count(given["tokens"] or "256k", "--tokens"), **sizes,
+    )  # fmt: skip
+    progress = model_display.live_progress()
+    try:
+        plan = plan_truncation(given["model"], given["out"], recipe, given["rank"], given["ratio"])
+        with plan.checkpoint:
+            result = run_coded(plan, progress)
+    finally:
+        progress.close()
+    if given["as_json"]:
+        typer.echo(json.dumps(result.as_dict(), indent=1, default=str))
+    else:
+        show_result(result)
+
+
+UNBOUNDED = 2**50  # bytes: a worker takes what its matrix does
 SIZES = ("hidden_ram", "split_max_size", "max_ram")
 JOBS: dict[str, Callable[[dict[str, Any]], None]] = {
     **dict.fromkeys(ZEROS, _zeros),
     **dict.fromkeys(SMALLER, structure_command.make_smaller),
+    **dict.fromkeys(LOW_RANK, _low_rank),
 }

@@ -16,6 +16,7 @@ from llmcompress.converters.gguf_layers import drop_layers
 from llmcompress.converters.layer_numbers import kept_layers, renumbered
 from safetensors.torch import load_file, save_file
 from test_architectures import assert_same_logits, expected, ids_of
+from tiny_families import MORE
 from tiny_models import BYTE_BPE, MODELS, SENTENCEPIECE, build
 
 import llmcompress
@@ -27,11 +28,15 @@ from llmcompress.stats import Statistics, TensorStats
 
 KINDS = ["conv", "full_attention", "conv", "full_attention"]
 HYBRID = ["linear_attention", "full_attention"] * 2
+SHARING = {
+    "num_hidden_layers": 6, "layer_types": ["sliding_attention", "full_attention"] * 3,
+    "per_layer_config": {str(layer): {"head_dim": 128} for layer in (1, 3, 5)},
+}  # fmt: skip
 # Values of the tiny model's config, and the layers that go; the first three have arrays of a value for each layer.
 CASES: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "lfm2": ({"num_hidden_layers": 4, "layer_types": KINDS}, (0,)),
     "granitehybrid": ({"num_hidden_layers": 4, "layer_types": HYBRID}, (1, 2)),
-    "gemma4": ({}, (1, 0)),  # one tensor for all layers' inputs, keys and values that later layers take
+    "gemma4": (SHARING, (0, 1)),  # one tensor for all layers' inputs, keys and values that later layers take
     "cohere2": ({}, (1,)),  # a pattern of every fourth layer, and no more
     "lfm2moe": ({"num_hidden_layers": 4, "layer_types": KINDS, "num_dense_layers": 2}, (1,)),
     "deepseek3": ({"num_hidden_layers": 3}, (0,)),
@@ -44,12 +49,9 @@ DEPTHS = ("num_hidden_layers", "n_layer")
 
 
 def made(name: str, folder: Path, tokenizers: dict[str, Path]) -> Path:
-    tiny, tokenizer = MODELS[name]
-    MODELS["changed"] = (replace(tiny, values=tiny.values | CASES[name][0]), tokenizer)
-    try:
-        return build("changed", folder / "tiny", tokenizers)
-    finally:
-        del MODELS["changed"]
+    tiny, tokenizer = (MODELS | MORE)[name]
+    changed = replace(tiny, values=tiny.values | CASES[name][0])
+    return build(name, folder / "tiny", tokenizers, models={name: (changed, tokenizer)})
 
 
 def without_layers(model: Path, folder: Path, dropped: tuple[int, ...]) -> Path:
@@ -65,7 +67,9 @@ def without_layers(model: Path, folder: Path, dropped: tuple[int, ...]) -> Path:
         if key in config:
             config[key] = sum(layer < config[key] for layer in kept)
     if "num_kv_shared_layers" in config:
-        config["num_kv_shared_layers"] = sum(layer >= depth - config["num_kv_shared_layers"] for layer in kept)
+        config["num_kv_shared_layers"] = sum(
+            layer >= depth - config["num_kv_shared_layers"] for layer in kept
+        )
     if "per_layer_config" in config:
         config["per_layer_config"] = {
             str(kept.index(int(layer))): value for layer, value in config["per_layer_config"].items() if int(layer) in kept
@@ -75,7 +79,11 @@ def without_layers(model: Path, folder: Path, dropped: tuple[int, ...]) -> Path:
         match = re.match(r"(.*\.(?:layers|h)\.)(\d+)(\..*)", name)
         if match and int(match[2]) in kept:
             state[f"{match[1]}{kept.index(int(match[2]))}{match[3]}"] = tensor
-        elif not match and "per_layer" in name and tensor.shape[-1 if "embed_tokens" in name else 0] % depth == 0:
+        elif (
+            not match
+            and "per_layer" in name
+            and tensor.shape[-1 if "embed_tokens" in name else 0] % depth == 0
+        ):
             axis = 1 if "embed_tokens" in name else 0
             if tensor.ndim == 2:
                 size = tensor.shape[axis] // depth
@@ -106,7 +114,10 @@ def held(path: Path) -> tuple[dict, dict[str, tuple]]:
 
 @pytest.fixture(scope="module")
 def tokenizers(root: Path) -> dict[str, Path]:
-    return {BYTE_BPE: root / "examples" / "sample-llama-6m", SENTENCEPIECE: root / "tests" / "data" / "stories260K"}
+    return {
+        BYTE_BPE: root / "examples" / "sample-llama-6m",
+        SENTENCEPIECE: root / "tests" / "data" / "stories260K",
+    }
 
 
 @pytest.mark.parametrize(
@@ -126,7 +137,9 @@ def test_it_is_the_gguf_of_the_model_without_them(
     own = metadata["general.architecture"].value
     assert {key: value for key, value in metadata.items() if key.startswith(own)} == {
         key: value for key, value in other.items() if key.startswith(own)
-    } | {key: value for key, value in metadata.items() if key.endswith(("_window_pattern", "recurrent_layers"))}
+    } | {
+        key: value for key, value in metadata.items() if key.endswith(("_window_pattern", "recurrent_layers"))
+    }
     ids = ids_of(model)
     with Model(tmp_path / "found.gguf") as ours, Model(wanted) as theirs:
         logits = ours.logits(ids)
@@ -137,7 +150,9 @@ def test_it_is_the_gguf_of_the_model_without_them(
 @pytest.fixture(scope="module")
 def sample(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sample")
-    made = llmcompress.quantize(root / "examples" / "sample-llama-6m", folder / "q.gguf", type="Q4_K_M", verify="off")
+    made = llmcompress.quantize(
+        root / "examples" / "sample-llama-6m", folder / "q.gguf", type="Q4_K_M", verify="off"
+    )
     return made.paths[0]
 
 
@@ -158,7 +173,9 @@ def test_quantized_tensors_are_copied_bit_for_bit_from_shards_to_shards(sample: 
     assert held(tmp_path / "whole.gguf")[1] == after
     drop_layers(tmp_path / "whole.gguf", tmp_path / "again.gguf", [0, 4])
     metadata = held(tmp_path / "again.gguf")[0]
-    assert metadata["llmcompress.layers_dropped"].value == "3; 0,4" and metadata["llama.block_count"].value == 3
+    assert (
+        metadata["llmcompress.layers_dropped"].value == "3; 0,4" and metadata["llama.block_count"].value == 3
+    )
 
 
 def test_the_importance_matrix_follows(sample: Path, tmp_path: Path) -> None:
@@ -224,9 +241,18 @@ def test_layers_that_would_be_computed_otherwise_are_refused(
 def test_numbers_that_follow_from_the_layers() -> None:
     found = changed("llama4", 8, [0, 1, 2, 3], attention__sliding_window=u32(0))
     assert "llama4.attention.sliding_window_pattern" not in found and found["llama4.block_count"].value == 4
-    found = changed("qwen35", 9, [1, 8], nextn_predict_layers=u32(1), rope__dimension_sections=array(ValueType.INT32, [1] * 9))
+    found = changed(
+        "qwen35",
+        9,
+        [1, 8],
+        nextn_predict_layers=u32(1),
+        rope__dimension_sections=array(ValueType.INT32, [1] * 9),
+    )
     flags = found["qwen35.attention.recurrent_layers"].value
-    assert flags == [True, True, False, True, True, True, False] and found["qwen35.nextn_predict_layers"].value == 0
+    assert (
+        flags == [True, True, False, True, True, True, False]
+        and found["qwen35.nextn_predict_layers"].value == 0
+    )
     assert len(found["qwen35.rope.dimension_sections"].value) == 9
     with pytest.raises(GGUFError, match="has 3 values, there are 4 layers"):
         changed("llama", 4, [0], feed_forward_length=array(ValueType.UINT32, [1, 2, 3]))
