@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from llmcompress.errors import RecipeError
-from llmcompress.gguf_source import is_gguf
 from llmcompress.sizes import parse_count, parse_size
 
 if TYPE_CHECKING:
@@ -20,6 +19,7 @@ def make_smaller(given: dict[str, Any]) -> None:
     """--method layers, width, experts: `given` holds the command's options. Raises LlmcompressError."""
     from llmcompress import model_display
     from llmcompress.converters.structure import JOBS
+    from llmcompress.gguf_source import is_gguf
     from llmcompress.structure_options import StructureOptions, parse_layers, parse_parts
 
     same = ("method", "drop", "ratio", "by", "chunk", "seed", "dtype", "batch_tokens", "device", "threads")
