@@ -19,7 +19,7 @@ import numpy as np
 from llmcompress.converters.config import Config
 from llmcompress.converters.families import find_architecture, weight_steps
 from llmcompress.converters.from_gguf import DecodedGGUF
-from llmcompress.converters.linears import AS_IT_IS, Linear, linears_of
+from llmcompress.converters.linears import AS_IT_IS, Linear, is_linear, linears_of
 from llmcompress.converters.lora_to_gguf import (
     OUTPUT,
     is_adapted,
@@ -46,6 +46,7 @@ from llmcompress.whole_file import require_free_place, whole_file
 
 MANIFEST = "compensate.json"
 DEFAULT_RANK = 16
+EXPERTS = "_exps."  # in the names of a GGUF's tensors
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,10 @@ def compensate(
         architecture = find_architecture(Config(model.config))
         if as_gguf:
             require_tried(architecture.name, reference)
-        linears, notes = _linears(model, held, linears_of(architecture, steps) + _head(model, held, steps))
+        plain = [step for step in steps if EXPERTS not in step.name]
+        linears = linears_of(architecture, plain) + _head(model, held, steps)
+        _check_same(model, held, linears)
+        notes = _notes_on_experts(steps)
         if as_gguf:
             adapted = [linear for linear in linears if _in_llama_cpp(architecture.name, linear, steps)]
             notes += _notes_on_unadapted(linears, adapted)
@@ -189,16 +193,10 @@ def _head(model: Checkpoint, held: Checkpoint | DecodedGGUF, steps: Sequence[Ste
     return [Linear(step, OUTPUT, 0)]
 
 
-def _linears(
-    model: Checkpoint, held: Checkpoint | DecodedGGUF, found: Sequence[Linear]
-) -> tuple[list[Linear], list[str]]:
-    """Those that an adapter of plain linears can change. Raises PlanError where the artefact is of another model."""
-    chosen, experts = [], []
-    for linear in found:
+def _check_same(model: Checkpoint, held: Checkpoint | DecodedGGUF, linears: Sequence[Linear]) -> None:
+    """Raise PlanError where the artefact is of another model."""
+    for linear in linears:
         tensor = linear.step.pieces[0].tensor
-        if linear.is_expert:
-            experts.append(linear.step.name)
-            continue
         other = held.index.get(tensor.name)
         if other is None or other.shape != tensor.shape:
             has = f"has it as {other.shape}" if other else "has no such tensor"
@@ -207,11 +205,6 @@ def _linears(
                 f"{where}: {tensor.name} is {tensor.shape} in {model.directory}, the artefact {has}; give the model it "
                 "was made from"
             )
-        chosen.append(linear)
-    notes = (
-        [f"{len(experts)} matrices of experts stay as they are, the first is {experts[0]}"] if experts else []
-    )
-    return chosen, notes
 
 
 def _solved(
@@ -290,6 +283,11 @@ def _write(
             file.write((json.dumps(values, indent=1) + "\n").encode())
     with whole_file(folder / WEIGHTS[0]) as file:
         file.write(save(dict(tensors), metadata={"format": "pt"}))
+
+
+def _notes_on_experts(steps: Sequence[Step]) -> list[str]:
+    found = [step.name for step in steps if is_linear(step) and EXPERTS in step.name]
+    return [f"{len(found)} tensors of experts stay as they are, the first is {found[0]}"] if found else []
 
 
 def _notes_on_unadapted(linears: Sequence[Linear], adapted: Sequence[Linear]) -> list[str]:

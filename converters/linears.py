@@ -27,10 +27,6 @@ class Linear:
     inputs: str
     matrix: int
 
-    @property
-    def is_expert(self) -> bool:
-        return ".experts." in self.step.name or len(self.step.pieces[0].tensor.shape) == 3
-
 
 def linears_of(architecture: Architecture, steps: Sequence[Step]) -> list[Linear]:
     """Of `steps`, the tensors of the checkpoint's GGUF; each linear once. Raises PlanError for a weight without a name

@@ -95,7 +95,9 @@ def made(tiny: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) 
     def make(name: str) -> Path:
         folder = tmp_path_factory.mktemp(name)
         calibrate_model(tiny(name), folder / "i.gguf", CALIBRATION, Progress(), folder / "hessian")
-        llmcompress.quantize(tiny(name), folder / "q.gguf", type="Q2_K", verify="off")
+        llmcompress.quantize(
+            tiny(name), folder / "q.gguf", type="Q2_K", token_embedding_type="F32", verify="off"
+        )
         return folder
 
     return make
@@ -183,7 +185,7 @@ def test_a_real_model_is_nearer_to_itself_with_it(root: Path, tmp_path: Path) ->
 def test_families(
     name: str, made: Callable[[str], Path], tiny: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    """Transposed and fused weights, experts that stay, tied heads: with all of the rank the artefact is the model again."""
+    """Transposed and fused weights, tied heads: with all of the rank the artefact is the model again, but for experts."""
     folder, model = made(name), tiny(name)
     report = compensate(
         str(folder / "q.gguf"), model, tmp_path / "a.gguf", CompensationOptions(512, str(folder / "hessian"))
@@ -196,8 +198,8 @@ def test_families(
         before = abs(engine.logits(ids) - wanted.logits(ids)).max()
         engine.use_adapter(tmp_path / "a.gguf")
         after = abs(engine.logits(ids) - wanted.logits(ids)).max()
-    assert after < 0.7 * before  # embedding, experts and a tied head are still rounded
-    assert any("experts stay as they are" in note for note in report.notes) == (name == "qwen3moe")
+    assert after < (0.9 if name == "qwen3moe" else 0.02) * before
+    assert any("of experts stay as they are" in note for note in report.notes) == (name == "qwen3moe")
     assert len(GGUFReader(tmp_path / "a.gguf").tensors) == 2 * len(report.linears)
 
 
