@@ -8,12 +8,13 @@ it tells is what a rank costs. What is smaller is the error's factors beside a q
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from llmcompress.converters.architecture import Architecture
-from llmcompress.converters.coded_linears import CodedPlan, Format, plan_coded
+from llmcompress.converters.coded_linears import CodedPlan, Format, plan_coded, run_coded
 from llmcompress.converters.linears import Linear, beside_linears
 
 from llmcompress import __version__
@@ -22,7 +23,9 @@ from llmcompress.checkpoint_output import Data, Place
 from llmcompress.errors import PlanError, RecipeError
 from llmcompress.grids import GRIDS
 from llmcompress.grids.grid import Grid
+from llmcompress.progress import Progress
 from llmcompress.recipe import Recipe
+from llmcompress.report import Result
 from llmcompress.safetensors_files import Entry
 from llmcompress.step import Slab
 
@@ -104,6 +107,16 @@ class LowRank(Format):
             "weights_of_factors": weights, "linears": linears, "left": sorted(plan.kept), "notes": list(plan.notes),
         }  # fmt: skip
         return {"config.json": plan.checkpoint.config, MANIFEST: told}
+
+
+def run_truncation(plan: CodedPlan, progress: Progress = Progress()) -> Result:
+    """Carry out `plan`; killed, the same call goes on where it stopped. Raises LlmcompressError as `run_coded` does."""
+    result = run_coded(plan, progress)
+    (report,) = result.outputs
+    tensors = tuple(
+        replace(tensor, method="svd") if tensor.method == "gptq" else tensor for tensor in report.tensors
+    )
+    return replace(result, outputs=(replace(report, tensors=tensors),))
 
 
 def plan_truncation(

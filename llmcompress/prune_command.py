@@ -242,8 +242,7 @@ SAME = ("method", "sparsity", "pattern", "whole_model", "by_score", "allocate", 
 def _low_rank(given: dict[str, Any]) -> None:
     """Linears of low rank: svd."""
     from llmcompress import model_display
-    from llmcompress.converters.coded_linears import run_coded
-    from llmcompress.converters.truncation import plan_truncation
+    from llmcompress.converters.truncation import plan_truncation, run_truncation
     from llmcompress.display import show_result
     from llmcompress.recipe import Recipe
 
@@ -259,7 +258,7 @@ def _low_rank(given: dict[str, Any]) -> None:
     try:
         plan = plan_truncation(given["model"], given["out"], recipe, given["rank"], given["ratio"])
         with plan.checkpoint:
-            result = run_coded(plan, progress)
+            result = run_truncation(plan, progress)
     finally:
         progress.close()
     if given["as_json"]:

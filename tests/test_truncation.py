@@ -52,6 +52,7 @@ def test_matrices_are_of_that_rank_and_the_model_runs(
     done = CliRunner().invoke(app, command)
     assert done.exit_code == 0, done.output
     assert "the folder is not smaller" in " ".join(done.output.split())
+    assert "by svd" in done.output and "by gptq" not in done.output
     told = json.loads((out / "prune.json").read_text())
     assert told["method"] == "svd" and told["weights_of_factors"] < told["weights"]
     with Checkpoint.open(model) as before, Checkpoint.open(out) as after:
