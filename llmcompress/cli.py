@@ -30,16 +30,8 @@ app = typer.Typer(
     help="Hugging Face language models to GGUF: quantized in one pass with bounded memory, calibrated, evaluated.",
 )
 
-OF_CHECKPOINTS = {
-    "format",
-    "bits",
-    "group_size",
-    "sym",
-    "desc_act",
-    "double_quant",
-    "storage",
-    "keep",
-}  # options of quantize alone
+# Options of quantize alone.
+OF_CHECKPOINTS = {"format", "bits", "group_size", "sym", "desc_act", "double_quant", "storage", "keep"}
 OUT = "{name}-{type}.gguf"
 CONVERT_TYPES = ("auto", "F32", "F16", "BF16", "Q8_0")
 
