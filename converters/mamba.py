@@ -131,7 +131,7 @@ MAMBA = Architecture(
     keys=mamba_keys,
     biases=MAMBA_BIASES,
     defaults=_DEFAULTS | {"state_size": 16, "tie_word_embeddings": True},
-    assumes={"use_bias": (False,), "use_conv_bias": (True,), "hidden_act": ("silu",)},
+    assumes={"use_bias": (False,), "use_conv_bias": (True,), "hidden_act": ("silu",), "expand": (2,)},
 )
 
 MAMBA2 = Architecture(
