@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
 MODELS = [ROOT / "examples" / "sample-llama-6m", SHARED / "models" / "sample-qwen3-7m"]
 CORPUS = SHARED / "corpora" / "sample-heldout"
-TOKENS, HELD_OUT = 2**11, 2**12
+TOKENS, HELD_OUT = 2**12, 2**12
 RANDOM = 3  # layers, by a fixed seed
 
 
