@@ -155,7 +155,9 @@ class Stop(Progress):
             raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("method", ["wanda", pytest.param("sparsegpt", marks=SLOW), "magnitude"])
+@pytest.mark.parametrize(
+    "method", [pytest.param("wanda", marks=SLOW), pytest.param("sparsegpt", marks=SLOW), "magnitude"]
+)
 @pytest.mark.parametrize("share", [0.45, 0.9])
 def test_a_killed_run_goes_on_with_the_same_bytes(
     method: str, share: float, tiny: Tiny, tmp_path: Path
@@ -217,6 +219,7 @@ def test_owl_keeps_the_whole_and_differs_by_block(tiny: Tiny, tmp_path: Path) ->
     assert len(set(shares.values())) == 2 and told["sparsity_reached"] == pytest.approx(0.5, abs=0.004)
 
 
+@SLOW
 def test_the_manifest_and_the_words_say_what_was_done(root: Path, tmp_path: Path) -> None:
     model, out = root / "examples" / "sample-llama-6m", tmp_path / "out"
     command = [
@@ -231,6 +234,8 @@ def test_the_manifest_and_the_words_say_what_was_done(root: Path, tmp_path: Path
         "4:8",
         "--tokens",
         "2k",
+        "--data",
+        "prose",
     ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
