@@ -78,7 +78,7 @@ def main() -> None:
         "--models", nargs="+", type=Path, default=[model for model in MODELS if model.is_dir()]
     )
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--length", type=int, default=256, help="tokens of an example")
     parser.add_argument("--lr", type=float, help="learning rate, in place of the default")
     given = parser.parse_args()
