@@ -18,22 +18,24 @@ import accelerate
 import torch
 import transformers
 from llmcompress.converters.model import read_tokenizer, require_fit
+from llmcompress.converters.multimodal import PARTS
 from llmcompress.converters.teaching import load_teachers, open_teachers
 from llmcompress.converters.tuned_checkpoint import save_merged, save_whole, train_whole
 
 from llmcompress import __version__
+from llmcompress.adalora import STATE, drop_ranks
 from llmcompress.adapter_method import unadapted, with_adapter
 from llmcompress.adapter_start import fit_original, install, load_factors, save_factors, start_factors
 from llmcompress.checkpoint import Checkpoint
 from llmcompress.compute import compute_device, fast_bfloat16
 from llmcompress.errors import CheckpointError, LlmcompressError, RunError
-from llmcompress.frozen_model import load_frozen, stored_bits
+from llmcompress.frozen_model import load_frozen, load_of, stored_bits, unquantized
 from llmcompress.held_zeros import HeldZeros, matrices
 from llmcompress.json_object import read_object
 from llmcompress.machine import cores
 from llmcompress.progress import Progress
 from llmcompress.row_packing import packs_cleanly
-from llmcompress.training import Curve, keeps_best, trainer_of
+from llmcompress.training import Curve, trainer_of
 from llmcompress.training_curve import draw
 from llmcompress.tuning_data import ExampleReader, TuningData, tuning_data
 from llmcompress.tuning_options import Chosen, TuningOptions, chosen
@@ -42,6 +44,7 @@ from llmcompress.whole_file import require_free_place, whole_file
 LONGEST = 2048  # tokens of an example, where the model takes more
 LIBRARIES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes")
 MANIFEST = "prune.json"
+SENSES = [start.rstrip(".") for start in PARTS]  # the parts of a model that are not its text model
 AS_TRAINED = "for-nf4"  # the adapter that fits the quantized weights it was trained on
 
 
@@ -149,7 +152,7 @@ class _Run:
         self.stored = stored_bits(
             read_object(where), str(where)
         )  # the file's own words, not what is decoded of it
-        self.load = _load_of(options.load, self.stored)
+        self.load = load_of(options.load, self.stored)
         self.whole = options.method == "full"
         self._require_source()
         self.device, self.state = _device(options.device)
@@ -178,6 +181,7 @@ class _Run:
             self.state.num_processes, self.device.type == "cuda",
         )  # fmt: skip
         checkpoint = self._last_checkpoint(figures)
+        self.notes += unquantized(frozen) if self.load != "16bit" else ()
         teachers = load_teachers(self.teachers, frozen, options, self.device, self.dtype)
         weights = self._zeros_of(frozen) if options.keep_zeros else {}
         model = self._trained(frozen, figures)
@@ -244,11 +248,8 @@ class _Run:
         if self.whole:
             train_whole(frozen, self.options.targets)
             return frozen
-        model = with_adapter(frozen, self.options, figures)
-        if stacked := unadapted(model):
-            self.notes.append(
-                f"{len(stacked)} stacked matrices (experts) stay as they are, such as {stacked[0]}"
-            )
+        model = with_adapter(frozen, self.options, figures, SENSES)
+        self.notes += unadapted(model, SENSES) if not self.options.targets else ()
         self._start(model)
         return model
 
@@ -298,6 +299,9 @@ class _Run:
         config = model.peft_config["default"]
         config.base_model_name_or_path = self.checkpoint.repository or str(self.checkpoint.directory)
         config.revision = self.checkpoint.revision
+        if self.options.method == "adalora":
+            left = drop_ranks(model)
+            self.notes.append(f"of {config.init_r} ranks of each matrix {left:.1f} are left, on average")
         model.save_pretrained(folder)
         if self.options.init == "default":
             return
@@ -321,8 +325,9 @@ class _Run:
         }  # fmt: skip
         job = json.loads(json.dumps(job))
         record = self.part / "job.json"
-        whole = [path.parent for path in self.part.glob("checkpoint-*/trainer_state.json")]
-        if not whole or not keeps_best(self.options):  # nothing that can be gone on with
+        last_written = STATE if self.options.method == "adalora" else "trainer_state.json"
+        whole = [path.parent for path in self.part.glob(f"checkpoint-*/{last_written}")]
+        if not whole:
             with self.state.main_process_first():
                 if self.state.is_main_process:
                     if self.part.is_dir() and any(self.part.iterdir()) and not record.exists():
@@ -349,8 +354,7 @@ class _Run:
     ) -> TuningReport:
         untuned = curve.held_out[0][1] if curve.held_out else None
         trained = [point for point in curve.held_out if point[0]]
-        order = (lambda point: point[1]) if keeps_best(self.options) else (lambda point: -point[0])
-        best = min(trained, key=order, default=(trainer.state.global_step, None))
+        best = min(trained, key=lambda point: point[1], default=(trainer.state.global_step, None))
         if untuned is not None and best[1] is not None and best[1] >= untuned:
             self.notes.append(
                 f"the held-out loss never fell below the model's own {untuned:.4f}: is the data like what is held out?"
@@ -376,16 +380,14 @@ def _text_config(directory: Path) -> Any:
         ) from error
 
 
-def _load_of(asked: str | None, stored: str | None) -> str:
-    """In how many bits the frozen weights are, one of frozen_model.LOADS."""
-    if stored and asked not in (None, stored):
-        raise LlmcompressError(f"--load {asked}: the model's weights are stored in {stored}; leave it out")
-    return stored or asked or "16bit"
-
-
 def _device(asked: str) -> tuple[torch.device, accelerate.PartialState]:
     """This process's device, and what accelerate knows of the others."""
     device = compute_device(asked)
+    if device.index is not None and torch.cuda.device_count() > 1:
+        raise LlmcompressError(
+            f"--device {asked}: transformers would train on the first GPU it sees; start the program with "
+            f"CUDA_VISIBLE_DEVICES={device.index}, or under `accelerate launch` leave --device out"
+        )
     state = accelerate.PartialState(cpu=device.type == "cpu")
     if state.num_processes > 1:
         device = state.device

@@ -45,9 +45,17 @@ UNADAPTED = {
 }
 # Architectures on which it was not tried out which tensors those are.
 UNTRIED = {
-    "ernie4_5-moe", "glm4moe", "granitehybrid", "granitemoe", "hunyuan-moe", "jamba", "lfm2", "lfm2moe", "llama4", "mamba", "mamba2",
-    "minimax-m2", "phimoe", "qwen2moe", "qwen35moe", "qwen3next",
-}  # fmt: skip
+    "apertus",
+    "bailingmoe",
+    "bailingmoe2",
+    "bitnet",
+    "falcon-h1",
+    "internlm2",
+    "minicpm",
+    "nemotron_h",
+    "nemotron_h_moe",
+    "rwkv7",
+}
 MERGE = "merge it instead: llmcompress merge MODEL ADAPTER"
 
 
@@ -64,7 +72,7 @@ class Pair:
     @property
     def entries(self) -> list[tuple[str, tuple[int, ...]]]:
         """Names and shapes, slowest axis first."""
-        rank, (*stack, rows, columns) = max(self.ranks), self.step.shape
+        rank, (*stack, rows, columns) = max(self.ranks), _shape(self.step)
         if self.step.name == EMBEDDING:  # llama.cpp looks rows of lora_a up, and multiplies them with lora_b
             return [(f"{EMBEDDING}.lora_a", (rows, rank)), (f"{EMBEDDING}.lora_b", (columns, rank))]
         name = self.step.name
@@ -126,7 +134,7 @@ def plan_lora(adapter: str | Path, base: str | Path, out: str | Path, type: str 
             raise PlanError(
                 f"{opened.directory}: changes the embedding, which llama.cpp takes for the head, too; {MERGE}"
             )
-        if not is_adapted(architecture.name, pair.step.name) or len(pair.step.shape) < 2:
+        if not is_adapted(architecture.name, pair.step.name):
             raise PlanError(
                 f"{opened.directory}: changes {_source(pair)}; llama.cpp adapts no {pair.step.name}; {MERGE}"
             )
@@ -196,6 +204,11 @@ def _check_kind(adapter: Adapter) -> None:
         raise PlanError(f"{where}: adds to biases, which the format has no place for; {MERGE}")
 
 
+def _shape(step: Step) -> tuple[int, ...]:
+    """That of the matrices; one of a single row, such as the gate of shared experts, is a vector in the file."""
+    return step.shape if len(step.shape) > 1 else (1, *step.shape)
+
+
 def _source(pair: Pair) -> str:
     return next(piece.tensor.name for piece in pair.step.pieces if piece.tensor.name in pair.patches)
 
@@ -227,7 +240,7 @@ class _Part:
 
 def _by_matrix(step: Step, patches: Mapping[str, Sequence[Patch]]) -> Iterator[list[_Part]]:
     """The parts of each stacked matrix of a step."""
-    height, width = step.shape[-2:] if len(step.shape) > 1 else (1, step.shape[-1])
+    height, width = _shape(step)[-2:]
     parts: list[_Part] = []
     start = 0
     for piece in step.pieces:
@@ -257,7 +270,7 @@ def _overlap(patch: Patch, first: int, rows: int, stride: int) -> tuple[int, int
 def _matrices(plan: LoraPlan, pair: Pair) -> tuple[np.ndarray, np.ndarray]:
     """lora_a and lora_b as the file has them, float32."""
     step, rank = pair.step, max(pair.ranks)
-    *stack, rows, columns = step.shape
+    *stack, rows, columns = _shape(step)
     arrange, by_value = step.operation.arrange, step.operation.group == 1
     b = np.zeros((len(pair.ranks), rows, rank), np.float32)
     a = np.zeros((len(pair.ranks), rank, columns), np.float32)

@@ -74,24 +74,26 @@ def whole_texts(
 def _by_template(document: Conversation, tokenizer: Any) -> list[AnsweredText]:
     messages = document.messages
     try:
-        whole = _render(tokenizer, messages)
+        whole = _render(document, tokenizer, messages)
     except TemplateRefusal:
         messages = without_system(messages)
-        whole = _render(tokenizer, messages)
+        whole = _render(document, tokenizer, messages)
     at = [number for number, turn in enumerate(messages) if turn["role"] == ASSISTANT and _learned(turn)]
-    if MARKED.search(_source(tokenizer)):
-        return [AnsweredText(whole, _marked(tokenizer, messages, at), False)]
-    parts = {number: _part(tokenizer, messages, number) for number in at}
+    if MARKED.search(_source(document, tokenizer)):
+        return [AnsweredText(whole, _marked(document, tokenizer, messages, at), False)]
+    parts = {number: _part(document, tokenizer, messages, number) for number in at}
     if all(whole.startswith(text) for text, _ in parts.values()):
         return [AnsweredText(whole, tuple(span for _, span in parts.values()), False)]
     return [AnsweredText(text, (span,), False) for text, span in parts.values()]
 
 
-def _part(tokenizer: Any, messages: Sequence[dict[str, Any]], number: int) -> tuple[str, Span]:
+def _part(
+    document: Conversation, tokenizer: Any, messages: Sequence[dict[str, Any]], number: int
+) -> tuple[str, Span]:
     """The conversation up to answer `number`, and the answer's place in it."""
-    text = _render(tokenizer, messages[: number + 1])
-    asked = _render(tokenizer, messages[:number], prompt=True)
-    before = _render(tokenizer, messages[:number])
+    text = _render(document, tokenizer, messages[: number + 1])
+    asked = _render(document, tokenizer, messages[:number], prompt=True)
+    before = _render(document, tokenizer, messages[:number])
     start = len(commonprefix([text, asked]))
     if not text.startswith(before) or start <= len(before) < len(asked) or start == len(text):
         raise TemplateRefusal(
@@ -101,24 +103,27 @@ def _part(tokenizer: Any, messages: Sequence[dict[str, Any]], number: int) -> tu
     return text, (start, len(text))
 
 
-def _render(tokenizer: Any, messages: Sequence[dict[str, Any]], prompt: bool = False) -> str:
+def _render(
+    document: Conversation, tokenizer: Any, messages: Sequence[dict[str, Any]], prompt: bool = False
+) -> str:
     if not messages:  # an answer to nothing; templates look at the first message
         return ""
     try:
-        turns = [dict(turn) for turn in messages]
-        return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=prompt)
-    except Exception as error:  # a template is a program of the model's author and may raise anything
+        return document.template(tokenizer, messages, add_generation_prompt=prompt)
+    except Exception as error:  # whatever the template raises
         raise TemplateRefusal(f"the chat template refuses them ({shown(str(error))})") from None
 
 
-def _marked(tokenizer: Any, messages: Sequence[dict[str, Any]], learned: Sequence[int]) -> tuple[Span, ...]:
+def _marked(
+    document: Conversation, tokenizer: Any, messages: Sequence[dict[str, Any]], learned: Sequence[int]
+) -> tuple[Span, ...]:
     """The spans that the template itself marks, of the answers to be learned."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
     turns = [dict(turn) for turn in messages]
     _, marks = render_jinja_template(
-        [turns], chat_template=_source(tokenizer), return_assistant_tokens_mask=True,
-        **tokenizer.special_tokens_map,
+        [turns], tools=list(document.tools) or None, chat_template=_source(document, tokenizer),
+        return_assistant_tokens_mask=True, **tokenizer.special_tokens_map,
     )  # fmt: skip
     answers = [number for number, turn in enumerate(messages) if turn["role"] == ASSISTANT]
     spans = [tuple(span) for span in marks[0]]
@@ -127,8 +132,9 @@ def _marked(tokenizer: Any, messages: Sequence[dict[str, Any]], learned: Sequenc
     return tuple(span for number, span in zip(answers, spans) if number in set(learned))
 
 
-def _source(tokenizer: Any) -> str:
-    return tokenizer.get_chat_template()
+def _source(document: Conversation, tokenizer: Any) -> str:
+    """The template, of several the one for conversations with tools where there are any."""
+    return tokenizer.get_chat_template(tools=list(document.tools) or None)
 
 
 def _learned(turn: dict[str, Any]) -> bool:

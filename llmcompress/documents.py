@@ -3,13 +3,16 @@
 Key names are those data sets on the hub use: `text` or `content`; a prompt (`prompt`, `instruction`,
 `question`, each with an optional `input`) and its response (`completion`, `response`, `output`, `answer`), maybe
 under a `system` message; `messages` of {"role", "content"} (OpenAI) or `conversations` of {"from", "value"}
-(ShareGPT). A prompt may be such messages, too, and its completion their answer (trl).
+(ShareGPT), with `tools` that the assistant may call. A prompt may be such messages, too, and its completion their
+answer (trl).
 """
 
 from __future__ import annotations
 
+import copy
+import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,11 +34,19 @@ class TextError(LlmcompressError):
 @dataclass(frozen=True)
 class Conversation:
     """Messages, {"role", "content"} and whatever else a template may look at; `plain` is the same as text, in
-    which the assistant's words stand at `answers`, [start, end) in characters."""
+    which the assistant's words stand at `answers`, [start, end) in characters; `tools`, descriptions of the functions
+    that the assistant may call, as JSON schemas."""
 
     messages: tuple[dict[str, Any], ...]
     plain: str
     answers: tuple[tuple[int, int], ...]
+    tools: tuple[dict[str, Any], ...] = ()
+
+    def template(self, tokenizer: Any, messages: Sequence[Mapping[str, Any]], **flags: Any) -> str:
+        """Some messages of it through the tokenizer's chat template, which may raise anything: it is a program of the
+        model's author, and may change what it is given."""
+        turns, tools = copy.deepcopy((list(messages), list(self.tools)))
+        return tokenizer.apply_chat_template(turns, tools=tools or None, tokenize=False, **flags)
 
 
 Document = str | Conversation
@@ -66,14 +77,15 @@ def document_of(record: Any, where: str) -> Document:
     forms = (CHATS, TEXT, RESPONSES, SYSTEM)
     first = {form: next((key for key in form if key in record), None) for form in forms}
     system = checked(record[first[SYSTEM]], f"{where}: {first[SYSTEM]}") if first[SYSTEM] else ""
+    tools = _tools(record.get("tools"), f"{where}: tools")
     if key := first[CHATS]:
-        return _chat(record[key], f"{where}: {key}", system)
+        return _chat(record[key], f"{where}: {key}", system, tools)
     asked = [key for key in PROMPTS if key in record][:1]
     asked += [key for key in ("input", "context") if key in record and key not in asked]
     if asked and (key := first[RESPONSES]):
         if isinstance(record[asked[0]], (list, tuple)):
             turns = [*record[asked[0]], *_answer(record[key])]
-            return _chat(turns, f"{where}: {asked[0]} and {key}", system)
+            return _chat(turns, f"{where}: {asked[0]} and {key}", system, tools)
         prompt = "\n\n".join(filter(None, (checked(record[part], f"{where}: {part}") for part in asked)))
         return _pair(system, prompt, checked(record[key], f"{where}: {key}"))
     if key := first[TEXT]:
@@ -100,18 +112,32 @@ def _answer(completion: Any) -> list[Any]:
     return [{"role": ASSISTANT, "content": completion}]
 
 
-def _chat(turns: Any, where: str, system: str) -> Conversation:
+def _tools(given: Any, where: str) -> tuple[dict[str, Any], ...]:
+    """A list of descriptions, or the JSON of one: Parquet has no other way to hold schemas that differ."""
+    if isinstance(given, str) and given.strip():
+        try:
+            given = json.loads(given)
+        except (ValueError, RecursionError) as error:
+            raise TextError(f"{where}: not valid JSON ({shown(str(error))})") from None
+    if not given:
+        return ()
+    if not isinstance(given, (list, tuple)) or not all(isinstance(tool, Mapping) for tool in given):
+        raise TextError(f"{where}: {shown(given)} is not a list of objects that describe functions")
+    return tuple(map(dict, given))
+
+
+def _chat(turns: Any, where: str, system: str, tools: tuple[dict[str, Any], ...]) -> Conversation:
     if not isinstance(turns, (list, tuple)) or not turns:
         raise TextError(f"{where}: {shown(turns)} is not a list of messages")
     messages = tuple(_message(turn, f"{where}: message {number}") for number, turn in enumerate(turns, 1))
     if system and messages[0]["role"] != "system":
         messages = ({"role": "system", "content": system}, *messages)
-    plain, answers = "", []
+    plain, answers = json.dumps(tools, ensure_ascii=False) if tools else "", []
     for turn in messages:
         plain += ("\n\n" if plain else "") + f"{turn['role']}: {turn['content']}"
         if turn["role"] == ASSISTANT:
             answers.append((len(plain) - len(turn["content"]), len(plain)))
-    return Conversation(messages, plain, tuple(answers))
+    return Conversation(messages, plain, tuple(answers), tools)
 
 
 def _message(turn: Any, where: str) -> dict[str, Any]:
@@ -149,8 +175,8 @@ def rendered(document: Document, tokenizer: Any, refusals: Counter[str]) -> str:
     reason = ""
     for messages in (document.messages, without_system(document.messages)):
         try:
-            return tokenizer.apply_chat_template([dict(turn) for turn in messages], tokenize=False)
-        except Exception as error:  # a template is a program of the model's author and may raise anything
+            return document.template(tokenizer, messages)
+        except Exception as error:  # whatever the template raises
             reason = reason or f"the chat template refuses them ({shown(str(error))})"
     refusals[reason] += 1
     return document.plain

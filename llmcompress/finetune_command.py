@@ -10,6 +10,7 @@ from typing import Annotated, Any, Optional
 
 import typer
 
+from llmcompress.machine import see_one_gpu
 from llmcompress.model_commands import AsJson, Device, patient_threads
 from llmcompress.reported import reported
 
@@ -94,8 +95,9 @@ def finetune(
 ) -> None:  # fmt: skip
     """Train an adapter (LoRA, QLoRA ...) for a model, or the model itself; the defaults need no flag but --data."""
     patient_threads()
+    device = see_one_gpu(device)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it asks for kernels that it would download
-    from transformers.utils.logging import disable_progress_bar
+    from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
     from llmcompress import model_display
     from llmcompress.checkpoint import Checkpoint
@@ -115,6 +117,7 @@ def finetune(
         temperature=temperature, hidden=hidden, attention=attention, layer_map=layer_map,
     )  # fmt: skip
     disable_progress_bar()
+    set_verbosity_error()
     if out == OUT and (keep_zeros or method == "full"):
         out = "{name}-tuned"
     path = out.replace("{name}", Checkpoint.open(model).name)

@@ -35,6 +35,13 @@ def stored_bits(config: dict[str, Any], where: str) -> str | None:
     )
 
 
+def load_of(asked: str | None, stored: str | None) -> str:
+    """In how many bits the frozen weights are, one of LOADS. Raises LlmcompressError for others than they are stored in."""
+    if stored and asked not in (None, stored):
+        raise LlmcompressError(f"--load {asked}: the model's weights are stored in {stored}; leave it out")
+    return stored or asked or "16bit"
+
+
 def load_frozen(
     directory: Path, bits: str, device: torch.device, dtype: torch.dtype, attention_maps: bool = False
 ) -> Any:
@@ -46,7 +53,7 @@ def load_frozen(
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*already has a `quantization_config`.*")
-            model = transformers.AutoModelForCausalLM.from_pretrained(
+            model = _class_of(directory).from_pretrained(
                 directory,
                 dtype=dtype,
                 device_map={"": device},
@@ -60,6 +67,23 @@ def load_frozen(
     keep_codes(model)
     model.config.use_cache = False
     return model
+
+
+def unquantized(model: Any) -> list[str]:
+    """A note on matrices of a model in 4 or 8 bits that are not, where there are any beside embedding and output."""
+    stacked = [
+        name for name, parameter in model.named_parameters() if parameter.ndim == 3 and "conv" not in name
+    ]
+    return [
+        f"{len(stacked)} stacked matrices (experts) are not quantized: bitsandbytes takes linear layers alone"
+    ] * bool(stacked)
+
+
+def _class_of(directory: Path) -> Any:
+    """What loads the model: some that also see are no causal language model to transformers."""
+    config = transformers.AutoConfig.from_pretrained(directory)
+    text = type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+    return transformers.AutoModelForCausalLM if text else transformers.AutoModelForImageTextToText
 
 
 def _quantization(bits: str, dtype: torch.dtype) -> Any:

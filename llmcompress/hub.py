@@ -108,10 +108,11 @@ def _unreachable(repository: str, revision: str | None, api) -> str | None:
 
 
 def _download(repository: str, revision: str | None, offline: bool) -> Path:
-    """The snapshot with its texts and weights: safetensors, or where there are none, PyTorch's files."""
+    """The snapshot with its texts and weights, a model's or an adapter's: safetensors, or where there are none, PyTorch's
+    files."""
     directory = _fetch(repository, revision, offline, ["*.safetensors"])
     if not any(directory.glob("*.safetensors")):
-        directory = _fetch(repository, revision, offline, ["pytorch_model*.bin"])
+        directory = _fetch(repository, revision, offline, ["pytorch_model*.bin", "adapter_model.bin"])
     return directory
 
 

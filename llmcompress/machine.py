@@ -41,6 +41,20 @@ def _words(path: Path) -> list[str]:
         return []
 
 
+def see_one_gpu(device: str) -> str:
+    """What to call `device` for a library that takes the first GPU in sight, or all: of a cuda:N this process, before
+    it asks CUDA for anything, is made to see no other."""
+    kind, _, number = device.partition(":")
+    if kind != "cuda" or not number.isdigit() or "LOCAL_RANK" in os.environ:
+        return device
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = seen.split(",") if seen else [str(at) for at in range(int(number) + 1)]
+    if int(number) >= len(names):
+        return device
+    os.environ["CUDA_VISIBLE_DEVICES"] = names[int(number)]
+    return kind
+
+
 def free_disk(directory: Path) -> int:
     """Bytes a user without privileges can still write to the file system `directory` is on."""
     return shutil.disk_usage(directory).free

@@ -18,6 +18,7 @@ import transformers
 from torch.nn import functional
 from torch.utils.data import Dataset
 
+from llmcompress.adalora import Allocation
 from llmcompress.distillation import Distiller, Teacher
 from llmcompress.errors import LlmcompressError, RunError
 from llmcompress.held_zeros import HeldZeros, Restore
@@ -82,10 +83,10 @@ def trainer_of(
     measured = bool(data.validation)
     arguments = _arguments(options, figures, folder, bf16, measured, resumes, model.device.type)
     callbacks: list[transformers.TrainerCallback] = [Told(progress)]
-    if measured and options.patience and keeps_best(options):
+    if measured and options.patience:
         callbacks.append(transformers.EarlyStoppingCallback(options.patience))
     if options.method == "adalora":
-        callbacks.append(Budget())
+        callbacks.append(Allocation())
     if zeros:
         callbacks.append(Restore(zeros))
     kind = partial(Distiller, teachers=teachers, options=options) if teachers else transformers.Trainer
@@ -99,12 +100,6 @@ def trainer_of(
     return trainer
 
 
-def keeps_best(options: TuningOptions) -> bool:
-    """Whether the best step's adapter can be taken up again: AdaLoRA's checkpoints have the ranks of their own step, which
-    peft does not load into those of another."""
-    return options.method != "adalora"
-
-
 def _arguments(
     options: TuningOptions, figures: Chosen, folder: Path, bf16: bool, measured: bool, resumes: bool, device: str
 ) -> transformers.TrainingArguments:  # fmt: skip
@@ -114,7 +109,7 @@ def _arguments(
         lr_scheduler_type=options.schedule, warmup_steps=figures.warmup, optim=figures.optimizer, bf16=bf16,
         per_device_eval_batch_size=1, eval_strategy="steps" if measured else "no", eval_steps=figures.every,
         eval_on_start=measured and not resumes, save_steps=figures.every, save_total_limit=1,
-        load_best_model_at_end=measured and keeps_best(options),
+        load_best_model_at_end=measured,
         metric_for_best_model=HELD_OUT if measured else None, greater_is_better=False if measured else None,
         logging_steps=max(1, figures.every // 5), label_names=["labels"], remove_unused_columns=False,
         report_to="none", disable_tqdm=True, seed=options.seed, use_cpu=device == "cpu",
@@ -187,10 +182,3 @@ class Told(transformers.TrainerCallback):
         if state.is_world_process_zero and HELD_OUT in metrics:
             trained = "" if math.isnan(self.train) else f", training {self.train:.4f}"
             self.progress.say(f"step {state.global_step}: held-out loss {metrics[HELD_OUT]:.4f}{trained}")
-
-
-class Budget(transformers.TrainerCallback):
-    """AdaLoRA moves its ranks between the layers after every step, by gradients that are still there."""
-
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any, **kwargs: Any) -> None:
-        model.base_model.update_and_allocate(state.global_step + 1)

@@ -83,12 +83,21 @@ class ExampleReader:
 
     def read(self, source: str) -> list[Example]:
         """The examples of one source. Raises TextError where there are none."""
+        return [example for own in self.read_together(source) for example in own]
+
+    def read_together(self, source: str) -> list[list[Example]]:
+        """The examples of one source, those of a conversation together; a text's pieces are each by themselves.
+
+        Raises TextError where there are none.
+        """
         refusals: Counter[str] = Counter()
         lost: Counter[str] = Counter()
-        examples = []
+        examples: list[list[Example]] = []
         for document in read_documents(source):
+            own: list[Example] = []
             for text in self.texts(document, self.tokenise.tokenizer, self.plain, refusals):
-                examples += self._examples(text, isinstance(document, str), lost)
+                own += self._examples(text, isinstance(document, str), lost)
+            examples += [[example] for example in own] if isinstance(document, str) else [own] * bool(own)
         lost.update({f"left out: {reason}": count for reason, count in refusals.items()})
         notes = [f"{source}: {count} conversations {what}" for what, count in lost.items()]
         if not examples:
@@ -149,19 +158,17 @@ def tuning_data(reader: ExampleReader, sources: Sequence[str], validation: str, 
     epoch, one of 0.5 half of them, drawn once.
 
     `validation` is a source of its own, or the fraction of the examples to hold out, 0 for none; examples that are
-    the same stay together, so that none is trained on and measured by. Raises TextError.
+    the same, or of one conversation, stay together, so that none is trained on and measured by. Raises TextError.
     """
     weights = weighed_sources(sources, share=False)
-    found = {name: reader.read(name) for name in weights}
+    together = {name: reader.read_together(name) for name in weights}
+    found = {name: [example for own in part for example in own] for name, part in together.items()}
     fraction = _fraction(validation)
-    held: set[bytes] = set()
     if fraction is None:
         measured = reader.read(validation)
         held = {example.key() for example in measured}
     else:
-        distinct = list(dict.fromkeys(example.key() for part in found.values() for example in part))
-        random.Random(f"{seed} held out").shuffle(distinct)
-        held = set(distinct[: min(MOST_VALIDATED, round(fraction * len(distinct)))])
+        held = _held_out([own for part in together.values() for own in part], fraction, seed)
         measured = list({e.key(): e for part in found.values() for e in part if e.key() in held}.values())
     train = []
     for name, weight in weights.items():
@@ -174,6 +181,22 @@ def tuning_data(reader: ExampleReader, sources: Sequence[str], validation: str, 
         raise TextError(f"{', '.join(weights)}: no example is left to train on; hold out less")
     digest = _digest([*train, *measured])
     return TuningData(tuple(train), tuple(measured), tuple(sources), digest, tuple(reader.notes))
+
+
+def _held_out(conversations: Sequence[Sequence[Example]], fraction: float, seed: int) -> set[bytes]:
+    """Keys of a drawn part of all distinct examples: whole conversations, and all that begin with the same example."""
+    alike: dict[bytes, dict[bytes, None]] = {}
+    for own in conversations:
+        alike.setdefault(own[0].key(), {}).update(dict.fromkeys(example.key() for example in own))
+    groups = list(alike.values())
+    random.Random(f"{seed} held out").shuffle(groups)
+    wanted = min(MOST_VALIDATED, round(fraction * len({key for group in groups for key in group})))
+    held: set[bytes] = set()
+    for group in groups:
+        if len(held) >= wanted:
+            break
+        held |= group.keys()
+    return held
 
 
 def _fraction(validation: str) -> float | None:

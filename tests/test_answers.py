@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 import transformers
 
 from llmcompress.answers import answered_texts, whole_texts
-from llmcompress.documents import Conversation, document_of
+from llmcompress.documents import Conversation, TextError, document_of
 
 HEADERS = (
     "{% for m in messages %}<|start_header_id|>{{ m['role'] }}<|end_header_id|>\n\n{{ m['content'] | trim }}<|eot_id|>"
@@ -31,6 +32,7 @@ MARKED = (
     "{% for m in messages %}<{{ m['role'] }}>{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}!"
     "{% endgeneration %}{% else %}{{ m['content'] }}{% endif %}{% endfor %}"
 )
+TOOLS = "{% if tools %}<tools>{% for t in tools %}{{ t.function.name }};{% endfor %}{% endif %}"
 HIDDEN = "{% for m in messages %}{{ m['content'] }};{% endfor %}{% if add_generation_prompt %}??{% endif %}"
 TURNS = [("user", "one"), ("assistant", "two"), ("user", "three"), ("assistant", "four")]
 
@@ -97,6 +99,30 @@ def test_messages_of_weight_0_are_not_learned(tokenizer, template: str, expected
     document = document_of({"messages": messages}, "here")
     assert learned(document, tokenizer, template) == [expected]
     assert learned(document, tokenizer, template, plain=True) == [["four"]]
+
+
+@pytest.mark.parametrize("as_text", [False, True])
+@pytest.mark.parametrize("template", [TOOLS + HEADERS, TOOLS + MARKED])
+def test_the_template_is_given_the_tools_of_a_record(tokenizer, template: str, as_text: bool) -> None:
+    tools = [
+        {"type": "function", "function": {"name": name, "parameters": {}}} for name in ("add", "look_up")
+    ]
+    document = chat(TURNS, tools=json.dumps(tools) if as_text else tools)
+    tokenizer.chat_template = template
+    for texts in (answered_texts, whole_texts):
+        (found,) = texts(document, tokenizer, False, Counter())
+        assert found.text.startswith("<tools>add;look_up;<")
+    (found,) = answered_texts(document, tokenizer, True, Counter())
+    assert (
+        found.text == f"{json.dumps(tools)}\n\nuser: one\n\nassistant: two\n\nuser: three\n\nassistant: four"
+    )
+    assert [found.text[start:end] for start, end in found.spans] == ["two", "four"]
+
+
+@pytest.mark.parametrize("tools", ["add", '{"name": "add"}', ["add"], 3])
+def test_tools_that_are_none_are_refused(tools: object) -> None:
+    with pytest.raises(TextError, match="here: tools: "):
+        chat(TURNS, tools=tools)
 
 
 def test_a_template_that_hides_where_answers_begin_is_counted(tokenizer) -> None:

@@ -2,22 +2,37 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from gguf import GGUFReader
 from llama_cpp import Model
-from llmcompress.converters.lora_to_gguf import plan_lora, run_lora
+from llmcompress.converters.config import Config
+from llmcompress.converters.families import find_architecture
+from llmcompress.converters.lora_to_gguf import UNTRIED, plan_lora, run_lora
+from llmcompress.converters.merge import plan_merge, run_merge
 from peft_adapters import save_adapter, tuned_logits
-from test_architectures import NAMES, assert_same_logits, ids_of
+from safetensors.torch import save_file
+from test_architectures import NAMES, assert_same_logits, expected, ids_of
+from tiny_families import MORE
 
 import llmcompress
 from llmcompress.adapter import Adapter
+from llmcompress.checkpoint import Checkpoint
 from llmcompress.errors import CheckpointError, PlanError
+from llmcompress.recipe import Recipe
 
 QUICK = ("llama", "gpt2", "qwen3moe-fused")
+SPREAD = 0.05
+# Of an architecture that another one proves.
+SAME = (
+    "olmo3", "stablelm-12b", "gptneox-serial", "falcon-7b", "falcon-11b", "granitemoe-shared", "hunyuan-alpha", "deepseek3-yarn",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -37,6 +52,87 @@ def test_logits_with_an_adapter_are_pefts(name: str, tiny: Callable[[str], Path]
             )
             model.use_adapter(run_lora(plan_lora(adapter, folder, tmp_path / f"{kind}.gguf")))
             assert_same_logits(model.logits(ids), wanted, 1e-3)
+
+
+# Matrices that llama.cpp does not multiply with through an adapter, or that the GGUF has in another form.
+MLA = {"lm_head", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj"}
+REFUSED = {
+    "deepseek2": MLA, "deepseek3": MLA, "gemma4": {"embed_tokens_per_layer", "per_layer_model_projection"},
+    "gemma3n": {"embed_tokens_per_layer", "per_layer_model_projection", "altup_projections", "altup_unembed_projections",
+                "modality_router"},
+}  # fmt: skip
+TIED = ("embed_tokens", "word_embeddings", "wte", "embeddings")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in MORE if name not in SAME])
+def test_every_matrix_of_every_family_is_adapted_or_refused(
+    name: str, tiny: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """One adapter on every matrix that is not refused, held against transformers on the merged weights."""
+    folder = tiny(name)
+    matrices = {
+        tensor.name.removesuffix(".weight"): tensor.shape for tensor in Checkpoint.open(folder).index.values()
+        if len(tensor.shape) == 2 and tensor.name.endswith(".weight")
+    }  # fmt: skip
+    architecture = find_architecture(Config(Checkpoint.open(folder).config)).name
+    if architecture in UNTRIED:
+        with pytest.raises(PlanError, match="is not known; merge it instead"):
+            plan_lora(save_matrices(tmp_path / "adapter", [*matrices], matrices), folder, tmp_path / "a.gguf")
+        return
+    kinds = {re.sub(r"\.\d+", "", module): module for module in matrices}
+    refused = {
+        kind for kind, module in kinds.items() if not is_planned(folder, tmp_path / kind, [module], matrices)
+    }
+    assert {kind.rpartition(".")[2] for kind in refused} - set(TIED) == REFUSED.get(name, set())
+    kept = [module for module in matrices if re.sub(r"\.\d+", "", module) not in refused]
+    adapter = save_matrices(tmp_path / "adapter", kept, matrices)
+    run_merge(plan_merge(folder, adapter, tmp_path / "tiny-merged", Recipe()))
+    ids = ids_of(folder)
+    wanted = expected(tmp_path / "tiny-merged", ids)
+    base = llmcompress.quantize(folder, tmp_path / "base.gguf", type="F32", verify="off").paths[0]
+    with Model(base) as model:
+        plain = model.logits(ids)
+        assert abs(plain - wanted).max() > 0.05 * np.ptp(wanted)
+        model.use_adapter(run_lora(plan_lora(adapter, folder, tmp_path / "adapter.gguf")))
+        assert abs(model.logits(ids) - wanted).max() < 1e-3 * np.ptp(wanted)
+
+
+def is_planned(folder: Path, adapter: Path, modules: list[str], shapes: dict[str, tuple[int, ...]]) -> bool:
+    try:
+        return bool(plan_lora(save_matrices(adapter, modules, shapes), folder, adapter.with_suffix(".gguf")))
+    except PlanError as error:
+        assert "merge it instead: llmcompress merge MODEL ADAPTER" in str(error)
+        return False
+
+
+def save_matrices(folder: Path, modules: list[str], shapes: dict[str, tuple[int, ...]]) -> Path:
+    """An adapter folder as peft saves it, rsLoRA of ranks that differ, written by hand: peft itself adapts no single matrix
+    of fused experts."""
+    torch.manual_seed(3)
+    tensors = {}
+    for number, module in enumerate(modules):
+        outputs, inputs = shapes[module]
+        rank, start = 2 + number % 3, f"base_model.model.{module}."
+        if module.endswith(TIED):
+            tensors[f"{start}lora_embedding_A"] = SPREAD * torch.randn(rank, outputs)
+            tensors[f"{start}lora_embedding_B"] = SPREAD * torch.randn(inputs, rank)
+        else:
+            tensors[f"{start}lora_A.weight"] = SPREAD * torch.randn(rank, inputs)
+            tensors[f"{start}lora_B.weight"] = SPREAD * torch.randn(outputs, rank)
+    folder.mkdir()
+    save_file(tensors, folder / "adapter_model.safetensors")
+    ranks = {module: 2 + number % 3 for number, module in enumerate(modules)}
+    config = {
+        "peft_type": "LORA",
+        "r": 2,
+        "lora_alpha": 3,
+        "use_rslora": True,
+        "rank_pattern": ranks,
+        "target_modules": modules,
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
 
 
 def test_embedding_and_head_of_their_own_are_adapted(tiny: Callable[[str], Path], tmp_path: Path) -> None:

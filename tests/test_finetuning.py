@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,17 +12,23 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import peft
 import pytest
 import torch
+import transformers
 from conftest import ROOT
+from llama_cpp import Model
 from llmcompress.converters.finetuning import AS_TRAINED, TuningReport, finetune_model
+from llmcompress.converters.lora_to_gguf import plan_lora, run_lora
+from peft_adapters import tuned_logits
 from safetensors.torch import load_file
 
 sys.path.insert(0, str(ROOT / "tools"))
 import bench_finetune
 
 import llmcompress
+from llmcompress.adapter import Adapter
 from llmcompress.errors import LlmcompressError, RunError
 from llmcompress.frozen_model import load_frozen
 from llmcompress.progress import Progress
@@ -95,6 +102,7 @@ def test_what_is_saved_is_what_was_measured(
     load, adapter = options.get("load", "16bit"), out
     if options.get("init") == "loftq":
         adapter = out / AS_TRAINED
+        assert Adapter.open(adapter).trained_in_nf4 and not Adapter.open(out).trained_in_nf4
     elif options.get("init") == "pissa":
         load = "16bit"  # it fits the model as it is, less what quantizing the rest changed
     frozen = load_frozen(folder, load, CPU, torch.float32).eval()
@@ -143,7 +151,11 @@ class Killed(Progress):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [{}, {"load": "4bit", "init": "pissa"}], ids=["lora", "pissa"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"load": "4bit", "init": "pissa"}, {"method": "adalora", "steps": 24}],
+    ids=["lora", "pissa", "adalora"],
+)
 def test_a_run_that_was_stopped_goes_on_to_the_same_adapter(
     tiny: Callable[[str], Path], tmp_path: Path, data: str, options: dict
 ) -> None:
@@ -162,6 +174,28 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_adapter(
     assert len(report.curve.held_out) == 4 and report.untuned == whole.untuned
     kept, again = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "adapter"))
     assert kept and all(torch.equal(kept[name], again[name]) for name in kept)
+
+
+@pytest.mark.slow
+def test_adalora_keeps_the_ranks_of_its_best_step(
+    tiny: Callable[[str], Path], tmp_path: Path, data: str
+) -> None:
+    """The best step lies before the last one, in which other ranks are left."""
+    report = run(
+        tiny("llama"),
+        tmp_path / "a",
+        data,
+        method="adalora",
+        steps=24,
+        evaluations=12,
+        patience=2,
+        learning_rate=0.2,
+    )
+    last = report.curve.held_out[-1]
+    assert report.best_step < last[0] and report.held_out < last[1]
+    frozen = load_frozen(tiny("llama"), "16bit", CPU, torch.float32)
+    tuned = peft.PeftModel.from_pretrained(frozen, tmp_path / "a").eval()
+    assert measured(tuned, report) == pytest.approx(report.held_out, rel=1e-3)
 
 
 @pytest.mark.slow
@@ -197,6 +231,60 @@ def test_a_model_that_cannot_be_packed_trains_all_the_same(
     assert apart.held_out == pytest.approx(packed.held_out, rel=0.02)
 
 
+@pytest.mark.slow
+def test_the_part_that_sees_stays_as_it_is(tiny: Callable[[str], Path], tmp_path: Path, data: str) -> None:
+    folder = tmp_path / "sees"
+    text = transformers.AutoConfig.from_pretrained(tiny("gemma3")).to_dict() | {
+        "num_hidden_layers": 2,
+        "layer_types": None,
+    }
+    eye = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 28,
+    }
+    config = transformers.Gemma3Config(
+        text_config=text, vision_config=eye | {"patch_size": 14}, mm_tokens_per_image=4
+    )
+    transformers.Gemma3ForConditionalGeneration(config).save_pretrained(folder)
+    for file in tiny("gemma3").glob("tokenizer*"):
+        shutil.copy(file, folder)
+    report = run(folder, tmp_path / "adapter", data)
+    assert report.held_out < 0.5 * report.untuned and not report.notes
+    names = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert len(names) == 2 * 7 * 2 and not any("vision" in name or "projector" in name for name in names)
+    ids = report.data.train[0].ids.tolist()
+    wanted = tuned_logits(folder, tmp_path / "adapter", ids)
+    base = llmcompress.quantize(folder, tmp_path / "base.gguf", type="F32").paths[0]
+    with Model(base) as model:
+        model.use_adapter(run_lora(plan_lora(tmp_path / "adapter", folder, tmp_path / "adapter.gguf")))
+        assert abs(model.logits(ids) - wanted).max() < 1e-3 * np.ptp(wanted)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "options", "notes"),
+    [
+        ("qwen3moe", {}, []),
+        ("qwen3moe", {"load": "4bit"}, ["4 stacked matrices (experts) are not quantized: bitsandbytes"]),
+        ("glm4moe", {}, ["6 linear layers have no adapter, such as model.layers.0.mlp.gate_proj.weight"]),
+        ("granitemoe", {}, ["4 stacked matrices (experts) have no adapter, such as model.layers.0.block_sparse_moe"]),
+        ("mamba", {}, ["2 linear layers have no adapter, such as backbone.layers.0.mixer.out_proj.weight"]),
+    ],
+)  # fmt: skip
+def test_what_has_no_adapter_is_said(
+    name: str, options: dict, notes: list[str], tiny: Callable[[str], Path], tmp_path: Path, data: str
+) -> None:
+    """Of experts, and of layers that peft keeps for names of its own."""
+    report = run(tiny(name), tmp_path / "adapter", data, steps=4, evaluations=1, **options)
+    assert report.held_out < report.untuned
+    for note in notes:
+        assert any(found.startswith(note) for found in report.notes), report.notes
+    assert len([note for note in report.notes if "row of its own" not in note]) == len(notes)
+
+
 def test_what_cannot_be_done_is_one_line(tiny: Callable[[str], Path], tmp_path: Path, data: str) -> None:
     for options, message in (
         (
@@ -214,6 +302,17 @@ def test_what_cannot_be_done_is_one_line(tiny: Callable[[str], Path], tmp_path: 
             run(tiny("llama"), tmp_path / "adapter", data, **options)
     with pytest.raises(RunError, match="step .*: the loss is .*; give a smaller --lr"):
         run(tiny("llama"), tmp_path / "other", data, learning_rate=1e30, evaluations=12)
+
+
+def test_a_gpu_that_the_trainer_would_not_take_is_refused(
+    tiny: Callable[[str], Path], tmp_path: Path, data: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llmcompress.converters.finetuning.compute_device", torch.device)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(
+        LlmcompressError, match="--device cuda:1: .*start the program with CUDA_VISIBLE_DEVICES=1"
+    ):
+        run(tiny("llama"), tmp_path / "adapter", data, device="cuda:1")
 
 
 @pytest.mark.slow

@@ -27,6 +27,7 @@ PLAIN = [
     "LICENSE", "model.safetensors.index.json", "model-00001-of-00001.safetensors",
 ]  # fmt: skip
 PICKLED = ["config.json", "pytorch_model.bin.index.json", "pytorch_model-00001-of-00001.bin"]
+ADAPTER = ["adapter_config.json", "adapter_model.bin"]
 # What a model's repository also holds, and nobody should wait for.
 COPIES = [
     "pytorch_model.bin", "consolidated.safetensors", "onnx/model.safetensors", "original/consolidated.00.pth",
@@ -36,6 +37,7 @@ REPOSITORIES = {
     "open/plain": PLAIN + COPIES,
     "open/other": PLAIN,
     "open/pickled": PICKLED + ["training_args.bin"],
+    "open/adapter": ADAPTER + ["training_args.bin"],
     "gated/weights": ["config.json", "model.safetensors"],
 }
 
@@ -143,7 +145,7 @@ def online(cache) -> Iterator[dict[str, dict[str, Any]]]:
         yield resolve(
             cache, f"http://127.0.0.1:{server.server_port}", False,
             "open/plain", "open/plain@v1.0", f"open/plain@{COMMIT}", "open/plain@nope", "open/pickled",
-            "gone/model", "gated/hidden", "gated/weights", "busy/model", "bad--id/x", "gone/model-7b",
+            "open/adapter", "gone/model", "gated/hidden", "gated/weights", "busy/model", "bad--id/x", "gone/model-7b",
         )  # fmt: skip
     finally:
         server.shutdown()
@@ -175,6 +177,7 @@ def test_a_download_takes_what_is_needed_and_no_other_copy(online):
 
 def test_pickles_are_fetched_only_where_there_is_nothing_better(online):
     assert files(online["open/pickled"]) == set(PICKLED)
+    assert files(online["open/adapter"]) == set(ADAPTER)
 
 
 def test_a_tag_and_a_commit_name_the_same_snapshot(online):

@@ -43,3 +43,18 @@ def test_the_quota_of_version_1(quota: str, cores: int, group: Path) -> None:
 
 def test_no_limit_is_all_cores_of_the_affinity(group: Path) -> None:
     assert machine.cores() == 8
+
+
+@pytest.mark.parametrize(
+    ("device", "seen", "called", "sees"),
+    [
+        ("cuda:2", None, "cuda", "2"), ("cuda:1", "3,5", "cuda", "5"), ("cuda:0", "GPU-8a,GPU-9b", "cuda", "GPU-8a"),
+        ("cuda:2", "3,5", "cuda:2", "3,5"), ("cuda", "3,5", "cuda", "3,5"), ("cpu", None, "cpu", None),
+    ],
+)  # fmt: skip
+def test_a_gpu_by_its_number_is_the_only_one_seen(device, seen, called, sees, monkeypatch) -> None:
+    environment = {"CUDA_VISIBLE_DEVICES": seen} if seen else {}
+    monkeypatch.setattr(os, "environ", environment)
+    assert machine.see_one_gpu(device) == called and environment.get("CUDA_VISIBLE_DEVICES") == sees
+    environment["LOCAL_RANK"] = "1"
+    assert machine.see_one_gpu("cuda:1") == "cuda:1"

@@ -273,3 +273,5 @@ def test_an_adapter_trained_in_four_bits_is_merged_onto_them(
     with pytest.raises(PlanError, match="which experts a model has in 4 bits"):
         experts = save_adapter(tiny("qwen3moe"), tmp_path / "experts", target_modules=["q_proj"])
         merge(tiny("qwen3moe"), experts, tmp_path / "other", onto="nf4")
+    with pytest.raises(PlanError, match=r"lies as \(in, out\), .* give --onto 16bit"):
+        merge(tiny("gpt2"), save_adapter(tiny("gpt2"), tmp_path / "gpt2"), tmp_path / "other", onto="nf4")

@@ -35,7 +35,7 @@ LAYERS = [
     {"gguf_source"},
     {"text_sources", "token_stream", "token_rows", "compute", "answers"},
     {"tuning_options", "tuning_data", "frozen_model"},
-    {"row_packing", "adapter_method", "adapter_start"},
+    {"row_packing", "adapter_method", "adapter_start", "adalora"},
     {"held_zeros", "distillation"},
     {"training", "training_curve"},
     {"hidden_states", "linear_inputs", "block_weights"},

@@ -120,6 +120,24 @@ def test_inspect_and_plan_say_what_the_source_is(gptq: Path, tmp_path: Path) -> 
     assert plan.notes.count("decoded from GPTQ 4-bit, group 64 (14 weights)") == 1
 
 
+def test_settings_of_the_codes_are_not_those_of_what_is_made_of_them(gptq: Path, tmp_path: Path) -> None:
+    """Settings of the text part, and the file that modelopt keeps beside config.json."""
+    folder = rewritten(tmp_path / "model", gptq, lambda _: None)
+    config = json.loads((folder / "config.json").read_text())
+    settings = config.pop("quantization_config")
+    config["text_config"] = {"model_type": "llama", "quantization_config": settings}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "hf_quant_config.json").write_text('{"quantization": {"quant_algo": "NVFP4"}}')
+    llmcompress.quantize(folder, tmp_path / "out", format="nf4")
+    made = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert made["text_config"] == {"model_type": "llama"}
+    assert made["quantization_config"]["quant_method"] == "bitsandbytes"
+    assert (
+        not (tmp_path / "out" / "hf_quant_config.json").exists()
+        and (folder / "hf_quant_config.json").exists()
+    )
+
+
 def test_modules_that_stayed_plain_and_names_of_experts(gptq: Path, plain: Path, tmp_path: Path) -> None:
     """Mixed checkpoints: each module is what its own tensors make it."""
     with Checkpoint.open(plain) as checkpoint:

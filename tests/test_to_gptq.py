@@ -5,10 +5,12 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import auto_gptq_peer
@@ -24,6 +26,8 @@ from safetensors.numpy import load_file
 from safetensors.torch import load_file as load_torch
 from safetensors.torch import save_file as save_torch
 from synthetic_checkpoint import Llama, poke, write_checkpoint
+from tiny_families import MORE
+from tiny_models import build
 from typer.testing import CliRunner
 
 import llmcompress
@@ -195,6 +199,41 @@ def test_every_expert_has_its_own_name_however_the_checkpoint_has_them(
         assert single.keys() == fused.keys()
         settings = json.loads((tmp_path / name / "quantize_config.json").read_text())
         assert any("gate" in rule for rule in settings["dynamic"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["deepseek3", "glm4moe"])
+def test_whole_linears_where_the_gguf_cuts_them_and_patterns_of_what_is_no_code(
+    name: str, root: Path, tmp_path: Path
+) -> None:
+    """llama.cpp has kv_b_proj in two parts; a part that predicts further tokens has layers called like the model's."""
+    make, kind = MORE[name]
+    make = replace(make, values=make.values | {"qk_rope_head_dim": 32}) if name == "deepseek3" else make
+    folder = build(name, tmp_path / "tiny", {kind: root / SAMPLE}, models={name: (make, kind)})
+    if name == "glm4moe":
+        tensors = load_torch(folder / "model.safetensors")
+        last = {key: value.clone() for key, value in tensors.items() if key.startswith("model.layers.1.")}
+        further = {key.replace("layers.1.", "layers.2."): value for key, value in last.items()}
+        save_torch(tensors | further, folder / "model.safetensors")
+        config = json.loads((folder / "config.json").read_text()) | {"num_nextn_predict_layers": 1}
+        (folder / "config.json").write_text(json.dumps(config))
+    llmcompress.quantize(folder, tmp_path / "out", format="gptq", bits=8, group_size=32)
+    found = tensors_of(tmp_path / "out")
+    modules = modules_of(found)
+    assert any("kv_b_proj" in module for module in modules) == (name == "deepseek3")
+    for module in modules:
+        weights, values = weights_of(folder, f"{module}.weight"), decoded(found, module, 8, "gptq")
+        assert values.shape == weights.shape and np.abs(values - weights).max() < 0.01 * np.abs(weights).max()
+    rules = json.loads((tmp_path / "out" / "quantize_config.json").read_text())["dynamic"]
+    left_out = re.compile("|".join(rule.removeprefix("-:") for rule in rules))
+    assert not any(left_out.match(module) for module in modules)
+    matrices = {
+        key.removesuffix(".weight")
+        for key, value in found.items()
+        if key.endswith(".weight") and value.ndim == 2
+    }
+    for module in matrices - {"model.embed_tokens"}:
+        assert left_out.match(module), module
 
 
 def test_gpt2s_transposed_linears_become_rows_of_outputs(tiny: Callable[[str], Path], tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 import transformers
 from hypothesis import given
 from hypothesis import strategies as st
+from test_answers import REASONING
 
 from llmcompress.documents import TextError
 from llmcompress.tuning_data import ExampleReader, tuning_data
@@ -107,6 +109,30 @@ def test_held_out_examples_are_not_trained_on(tokenizer, tmp_path: Path) -> None
     assert again.sha256 == data.sha256
     other = tuning_data(ExampleReader(tokenizer, 64, "answers", False), [source], "0.25", seed=2)
     assert other.sha256 != data.sha256
+
+
+def test_a_conversation_is_held_out_as_a_whole(tokenizer, tmp_path: Path) -> None:
+    """Of a template that leaves the reasoning of earlier turns out, which makes an example of each answer."""
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = REASONING
+    turns = [
+        ("user", "ask"),
+        ("assistant", "<think>why</think>one"),
+        ("user", "more"),
+        ("assistant", "<think>why</think>two"),
+    ]
+    records = [
+        {"messages": [{"role": role, "content": f"{text} {at}"} for role, text in turns]} for at in range(40)
+    ]
+    data = tuning_data(
+        ExampleReader(tokenizer, 128, "answers", False), [lines(tmp_path / "a.jsonl", records)], "0.25"
+    )
+    assert (len(data.train), len(data.validation)) == (60, 20)
+    cases = [
+        {tokenizer.decode(example.ids).split("ask ")[1].split("<")[0] for example in part}
+        for part in (data.train, data.validation)
+    ]
+    assert len(cases[0]) == 30 and len(cases[1]) == 10 and not cases[0] & cases[1]
 
 
 def test_a_validation_file_is_kept_out_of_the_training(tokenizer, tmp_path: Path) -> None:

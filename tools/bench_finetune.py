@@ -3,9 +3,10 @@
     python tools/bench_finetune.py                     # all parts
     python tools/bench_finetune.py --parts bundled task start
 
-bundled: QLoRA on two epochs of the bundled texts in pieces of 256 tokens: held-out loss before and after.
+bundled: QLoRA on two epochs of the bundled texts: held-out loss before and after, and how long it took.
 task: QLoRA on a task the model cannot do, merged, quantized to Q4_K_M and run by llama.cpp: answers that are right.
-start: the held-out loss from NF4 rounded to nearest and from NF4 by GPTQ, same data and 40 steps.
+start: the held-out loss from NF4 rounded to nearest and from NF4 by GPTQ, on text of the model's own kind
+    (../shared/corpora/sample-heldout), same data and 40 steps, of three seeds.
 """
 
 from __future__ import annotations
@@ -37,6 +38,8 @@ GREETINGS = {
 }  # fmt: skip
 NAMES = "Ada Ben Cara Dan Eve Finn Gina Hugo Iris Jack Kate Leo Mary Ned Olga Paul Rosa Sam Tom Vera".split()
 FRAMES = ("{}, I am {}.", "{}! My name is {}.", "{}, {} is here.", "{}, this is {} again.")
+CORPUS = ROOT.parent / "shared" / "corpora" / "sample-heldout"
+SEEDS, HELD_OUT = 3, 50_000  # runs of each start; characters of held-out text
 SPARE = 40  # examples of the task that no part of training sees
 
 
@@ -86,14 +89,14 @@ class Lines(Progress):
 
 
 def bundled(folder: Path) -> str:
-    began = time.monotonic()
+    began, used = time.monotonic(), time.process_time()
     report = llmcompress.finetune(
         SAMPLE, folder / "bundled", "default", qlora=True, epochs=2, progress=Lines()
     )
-    seconds = time.monotonic() - began
+    seconds, used = time.monotonic() - began, time.process_time() - used
     return (
         f"bundled: held-out loss {report.untuned:.4f} -> {report.held_out:.4f} "
-        f"({report.steps} steps, {report.data.counts()['train_tokens']} tokens), {seconds:.0f} s"
+        f"({report.steps} steps, {report.data.counts()['train_tokens']} tokens), {seconds:.0f} s, {used:.0f} s of CPU"
     )
 
 
@@ -120,15 +123,37 @@ def of_task(folder: Path) -> str:
 
 
 def start(folder: Path) -> str:
-    found = {}
-    for method, flags in (("nearest", {}), ("gptq", {"calibrate": True, "tokens": "64k"})):
-        model = folder / f"nf4-{method}"
-        llmcompress.quantize(SAMPLE, model, format="nf4", method=method, **flags)
-        found[method] = llmcompress.finetune(
-            model, folder / f"from-{method}", "default", steps=40, max_length=128, progress=Lines()
+    """Of a row, both are held out, drawn, ordered and begun with the same random matrices, by the seed."""
+    if not CORPUS.is_dir():
+        return f"start: needs {CORPUS}"
+    held_out = folder / "held-out.txt"
+    held_out.write_text((CORPUS / "heldout.txt").read_text()[:HELD_OUT])
+    text = str(CORPUS / "calibration.txt")
+    for method, flags in (("nearest", {}), ("gptq", {"calibrate": True, "data": [text], "tokens": "64k"})):
+        llmcompress.quantize(SAMPLE, folder / method, format="nf4", method=method, **flags)
+    lines = [
+        "| seed | nearest, untuned | gptq, untuned | nearest, tuned | gptq, tuned | lower by |",
+        "|---|" + "---:|" * 5,
+    ]
+    for seed in range(SEEDS):
+        nearest, gptq = (
+            llmcompress.finetune(
+                folder / method, folder / f"{method}-{seed}", text, steps=40, max_length=128, evaluations=2, patience=0,
+                validation=str(held_out), seed=seed, progress=Lines(),
+            )
+            for method in ("nearest", "gptq")
+        )  # fmt: skip
+        assert nearest.data.sha256 == gptq.data.sha256 and nearest.steps == gptq.steps == 40
+        losses = (
+            nearest.untuned,
+            gptq.untuned,
+            nearest.held_out,
+            gptq.held_out,
+            nearest.held_out - gptq.held_out,
         )
-    lines = [f"{name} {report.untuned:.4f} -> {report.held_out:.4f}" for name, report in found.items()]
-    return f"start: held-out loss from NF4 by {', by '.join(lines)}"
+        lines.append(f"| {seed} | " + " | ".join(f"{loss:.4f}" for loss in losses) + " |")
+        print(lines[-1], file=sys.stderr, flush=True)
+    return "start: held-out loss, 40 steps of QLoRA\n" + "\n".join(lines)
 
 
 PARTS = {"bundled": bundled, "task": of_task, "start": start}
