@@ -7,6 +7,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -39,7 +40,7 @@ from llmcompress.grids.code_bits import layout_of
 from llmcompress.grids.compiling import prepare_kernels
 from llmcompress.grids.grid import Grid
 from llmcompress.importance import Importance
-from llmcompress.output import filled_path
+from llmcompress.output import filled_path, part_path
 from llmcompress.plan import fit_memory
 from llmcompress.progress import Progress
 from llmcompress.recipe import Recipe
@@ -190,7 +191,10 @@ def run_coded(plan: CodedPlan, progress: Progress | None = None) -> Result:
     total = sum(tensor.nbytes for tensor in plan.kept.values())
     total += sum(linear.step.source_bytes(linear.step.rows) for linear in plan.linears)
     output = replace(plan.output, fingerprint=_fingerprint(plan))
-    with plan.importance.running():
+    pieces = Counter({"": sum(-(-tensor.nbytes // COPY_BYTES) for tensor in plan.kept.values())})
+    for linear, numbers in zip(plan.linears, _numbers(plan)):
+        pieces[linear.inputs] += len(numbers)
+    with plan.importance.running([part_path(output.folder)], pieces):
         written = write_checkpoint(
             output,
             _works(plan),
@@ -198,6 +202,7 @@ def run_coded(plan: CodedPlan, progress: Progress | None = None) -> Result:
             progress,
             partial(plan.format.finish, plan.linears),
             plan.importance.stop,
+            plan.importance.finished,
         )
     measured = {
         linear.step.name: sum((Fidelity(*written.noted[n]) for n in numbers), Fidelity())
@@ -265,8 +270,9 @@ def _works(plan: CodedPlan) -> Iterator[Work]:
         for number, slab in zip(numbers, plan.slabs(linear), strict=True):
             places = tuple(plan.format.places(linear, slab))
             yield Work(
-                number, places, partial(_make, plan, linear, slab), linear.step.source_bytes(slab.rows)
-            )
+                number, places, partial(_make, plan, linear, slab), linear.step.source_bytes(slab.rows),
+                linear.inputs,
+            )  # fmt: skip
 
 
 def _make(plan: CodedPlan, linear: Linear, slab: Slab) -> tuple[list[Data], tuple[float, ...]]:

@@ -9,16 +9,17 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from llmcompress.converters.calibration import CalibrationOptions, entries_of, places_of, rows_and_model
 
-from llmcompress.calibrate import Calibration, batch_tokens_of, batches_of, calibrate, expected_of
+from llmcompress.calibrate import Calibration, Rewritten, batch_tokens_of, batches_of, calibrate, expected_of
 from llmcompress.checkpoint import Checkpoint
 from llmcompress.errors import RunError
-from llmcompress.gguf.imatrix import SHRINKAGE_TOKENS, mean_squares, scarce_notes
+from llmcompress.gguf.imatrix import mean_squares, scarce_notes
+from llmcompress.hessians import Leaning
 from llmcompress.linear_inputs import InputSums
 from llmcompress.progress import Progress
 from llmcompress.sizes import format_size
@@ -90,14 +91,16 @@ class LiveImportance:
             step.name: self._source_stages[step.pieces[0].tensor.name] for step in steps if step.pieces
         }
         self.datasets, self.chunks = self._rows.sources, len(self._rows.rows)
+        self._kept = _Kept() if products else None
+        self._leaning = Leaning()
         self.notes = (*self._rows.notes, *self._memory_note())
         self.complaints: list[str] = []
-        self._kept = _Kept() if products else None
         self._places = places_of(steps, self._lockstep, blank.expected)
         self._batch_tokens = options.batch_tokens or batch_tokens_of(self._lockstep)
         self.fingerprint = hashlib.sha256(
             f"{self._rows.sha256} {self._lockstep.precision} {self._batch_tokens}".encode()
         ).hexdigest()
+        self._rewritten: Rewritten | None = None  # where blocks run with other weights once these are made
         self._changed = threading.Condition()
         self._reached, self._stopped, self._error = -1, False, None
 
@@ -115,9 +118,11 @@ class LiveImportance:
         return self.entries[name]
 
     def products(self, name: str, matrix: int) -> np.ndarray | None:
-        """XᵀX, float32 (inputs, inputs), of a matrix whose `weights` are there; None where too few tokens reached it."""
-        parameter, index = self._places[name][matrix]
-        return self._kept.of(parameter, index)
+        """XᵀX, float32 (inputs, inputs), of a matrix whose `weights` are there, as `Leaning` has it; None where no token
+        reached any."""
+        places = self._places[name]
+        tokens = np.array([self._kept.tokens(*place) for place in places], np.int64)
+        return self._leaning.products(name, tokens, lambda n: self._kept.of(*places[n]), matrix)
 
     def shared(self, name: str, matrix: int) -> tuple[str, int]:
         """Equal for two matrices that have the same inputs."""
@@ -135,7 +140,7 @@ class LiveImportance:
             self._kept.let_go({targets[name].parameter for name in over if name in targets})
 
     @contextlib.contextmanager
-    def running(self) -> Iterator[None]:
+    def running(self, made: Sequence[Path], pieces: Mapping[str, int]) -> Iterator[None]:
         thread = threading.Thread(target=self._run, daemon=True)
         thread.start()
         try:
@@ -143,6 +148,9 @@ class LiveImportance:
         finally:
             self.stop()
             thread.join()
+
+    def finished(self, name: str) -> None:
+        """Nothing here waits for what is written."""
 
     def stop(self) -> None:
         """Nobody waits any more."""
@@ -160,6 +168,7 @@ class LiveImportance:
                 self._kept,
                 self._rows.tokens,
                 self._block_is_through,
+                self._rewritten,
             )
             self._publish(len(self._lockstep.blocks), found)
             self.complaints = [*found.complaints, *self._scarce(found)]
@@ -198,10 +207,19 @@ class LiveImportance:
             sum(value.nbytes for value in self._lockstep.parameters_of(index).values())
             for index in range(len(self._lockstep.blocks))
         )
-        needed = format_size((2 + AHEAD) * block + self._options.hidden_ram)
-        return [
-            f"calibrating takes up to {needed} of memory beside --max-ram: blocks of the model, and hidden states"
-        ]
+        sums = max(map(self._products_bytes, range(len(self._lockstep.blocks)))) if self._kept else 0
+        needed = format_size((2 + AHEAD) * (block + sums) + self._options.hidden_ram)
+        what = (
+            "blocks of the model, their XᵀX, and hidden states"
+            if sums
+            else "blocks of the model, and hidden states"
+        )
+        return [f"calibrating takes up to {needed} of memory beside --max-ram: {what}"]
+
+    def _products_bytes(self, block: int) -> int:
+        """Of the XᵀX of a block's matrices; those with the same inputs are counted each, as they are added up."""
+        values = self._lockstep.parameters_of(block).values()
+        return sum(4 * (len(v) if v.ndim == 3 else 1) * v.shape[-1] ** 2 for v in values if v.ndim in (2, 3))
 
 
 class _Kept:
@@ -229,11 +247,12 @@ class _Kept:
     def first_of(self, parameter: str) -> str:
         return self._first.get(parameter, parameter)
 
-    def of(self, parameter: str, matrix: int) -> np.ndarray | None:
+    def tokens(self, parameter: str, matrix: int) -> int:
         sums = self._sums.get(parameter)
-        if sums is None or sums.tokens[matrix] < SHRINKAGE_TOKENS:
-            return None
-        return sums.products[matrix].cpu().numpy()
+        return int(sums.tokens[matrix]) if sums else 0
+
+    def of(self, parameter: str, matrix: int) -> np.ndarray:
+        return self._sums[parameter].products[matrix].cpu().numpy()
 
     def let_go(self, parameters: set[str]) -> None:
         for name in parameters:

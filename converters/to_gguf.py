@@ -123,10 +123,11 @@ def importance_source(checkpoint: Checkpoint, steps: list[Step], recipe: Recipe)
     if not recipe.calibrate:
         return None
     from llmcompress.converters.live_calibration import CalibrationOptions, LiveImportance
+    from llmcompress.converters.sequential_importance import SequentialImportance
 
-    return LiveImportance(
-        checkpoint, steps, CalibrationOptions(data=recipe.data, tokens=recipe.tokens), recipe.method == "gptq"
-    )
+    live = SequentialImportance if recipe.sequential else LiveImportance
+    options = CalibrationOptions(data=recipe.data, tokens=recipe.tokens)
+    return live(checkpoint, steps, options, products=recipe.method == "gptq")
 
 
 def _traits(architecture: Architecture, config: Config, has_imatrix: bool) -> ModelTraits:

@@ -9,8 +9,10 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -40,6 +42,16 @@ class Calibration:
     expected: dict[str, int] = field(default_factory=dict)
     complaints: list[str] = field(default_factory=list)
     resumed: int = 0
+
+
+class Rewritten(Protocol):
+    """Blocks that have other weights once their inputs are known: the next are calibrated on what these put out."""
+
+    def is_wanted(self, block: int) -> bool:
+        """Whether anyone asks for a block's sums. May wait until that is known."""
+
+    def loaded(self, block: int) -> AbstractContextManager:
+        """The block's parameters hold the other weights inside this context. May wait until they are there."""
 
 
 def batches_of(rows: Sequence[np.ndarray], tokens: int = BATCH_TOKENS) -> list[torch.Tensor]:
@@ -83,12 +95,14 @@ def calibrate(
     state: CalibrationState | None = None,
     group_tokens: int = GROUP_TOKENS,
     after_block: Callable[[int, Calibration], None] | None = None,
+    rewritten: Rewritten | None = None,
 ) -> Calibration:
     """Run `batches`, int64 (rows, tokens), through the model and add up what goes into each of its weights.
 
     The output matrix gets its sums too; it is neither read nor multiplied. `state` keeps the sums after each group
     of about `group_tokens` tokens, and XᵀX if it has a folder for them. `after_block(block, calibration)` is called
-    when a block is through, with its weights still loaded; all its sums are there in the last group.
+    when a block is through, with its weights still loaded; all its sums are there in the last group. With `rewritten`
+    a block then runs again, with other weights, and what follows gets what it puts out now; that takes one group.
     """
     groups = list(groups_of(batches, group_tokens))
     held = state.load() if state else None
@@ -99,7 +113,7 @@ def calibrate(
     progress.start("calibrate", sum(map(_tokens, groups)) * len(lockstep.blocks), "tokens x blocks")
     progress.advance(found.resumed * len(lockstep.blocks))
     for number, group in enumerate(groups[first:], first):
-        _Pass(lockstep, group, number, found, progress, state).run(after_block)
+        _Pass(lockstep, group, number, found, progress, state, rewritten).run(after_block)
         if state:
             state.save(found.sums, found.complaints, number + 1)
     return found
@@ -115,19 +129,27 @@ class _Pass:
     found: Calibration
     progress: Progress
     state: CalibrationState | None
+    rewritten: Rewritten | None = None
     left_out: dict[int, Counter[str]] = field(default_factory=dict)  # tokens with NaNs, by batch and weight
 
     @torch.no_grad()
     def run(self, after_block: Callable[[int, Calibration], None] | None) -> None:
         self.lockstep.start(self.group)
         for block in range(len(self.lockstep.blocks)):
-            with self.lockstep.loaded(block) as parameters:
-                run = partial(self.lockstep.through, block)
-                self._take(inputs_of(run, parameters, self._products, self._advance))
-                if after_block:
-                    after_block(block, self.found)
+            if self.rewritten is None or self.rewritten.is_wanted(block):
+                self._look(block, after_block)
+            if self.rewritten:
+                with self.rewritten.loaded(block):
+                    self.lockstep.through(block, lambda batch, output: self._advance(batch))
         self._head()
         self._complain()
+
+    def _look(self, block: int, after_block: Callable[[int, Calibration], None] | None) -> None:
+        run = self.lockstep.visit if self.rewritten else self.lockstep.through
+        with self.lockstep.loaded(block) as parameters:
+            self._take(inputs_of(partial(run, block), parameters, self._products, self._advance))
+            if after_block:
+                after_block(block, self.found)
 
     @property
     def _products(self) -> bool:

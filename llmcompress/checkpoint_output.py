@@ -60,13 +60,14 @@ class Work:
 
     `make` returns the bytes of each of `places`, in order, and numbers that the journal keeps for the report. It is
     called from any thread, and not at all where an earlier run made them: pieces of one job have a `number` each, the
-    same in every run.
+    same in every run. `of`: what it is a piece of, for whoever counts them.
     """
 
     number: int
     places: tuple[Place, ...]
     make: Callable[[], tuple[Sequence[Data], tuple[float, ...]]]
     source_bytes: int
+    of: str = ""
 
 
 @dataclass(frozen=True)
@@ -321,6 +322,7 @@ def _write_works(
     try:
         with closing(in_parallel(files.output.workers, works, do, stopping)) as done:
             for work, sums, kept in done:
+                is_done(work.of)
                 if not kept:
                     finished[work.number] = sums
                 written.noted[work.number] = tuple(sums[1:])

@@ -101,6 +101,9 @@ Calibrate = Annotated[
 Tokens = Annotated[
     Optional[str], typer.Option("--tokens", metavar="N", help="Tokens to calibrate on.  [default: 256k]")
 ]
+Sequential = Annotated[
+    bool, typer.Option("--sequential", help="Calibrate each block on the quantized ones before it. Slower.")
+]
 Method = Annotated[
     Optional[str],
     typer.Option("--method", metavar="METHOD", help="nearest, or gptq: error feedback.  [default: nearest]"),
@@ -234,7 +237,7 @@ def job(
         leave_output_tensor: LeaveOutput = False, fallback: Fallback = None, adapter: Adapter = None, onto: Onto = None, imatrix: Imatrix = None,
         target_size: TargetSize = None, target_bpw: TargetBpw = None, sensitivity: SensitivityFile = None,
         confirm: Confirm = None, sparsity: prune_command.Sparsity = None, pattern: prune_command.Pattern = None,
-        method: Method = None, hessian: Hessian = None, calibrate: Calibrate = False, data: model_commands.Data = None, tokens: Tokens = None, effort: Effort = None, architecture: Architecture = None, mtp: Mtp = None, pre: Pre = None, model_name: Name = None, split_max_size: Split = None,
+        method: Method = None, hessian: Hessian = None, calibrate: Calibrate = False, sequential: Sequential = False, data: model_commands.Data = None, tokens: Tokens = None, effort: Effort = None, architecture: Architecture = None, mtp: Mtp = None, pre: Pre = None, model_name: Name = None, split_max_size: Split = None,
         max_ram: MaxRam = None, threads: Threads = None, verify: Verify = None, recipe: RecipeFile = None,
         as_json: AsJson = False, dry_run: DryRun = False, format: Format = None, bits: Bits = None,
         group_size: GroupSize = None, sym: Sym = None, desc_act: DescAct = False, double_quant: DoubleQuant = False,
@@ -247,7 +250,7 @@ def job(
             "leave_output_tensor": leave_output_tensor or None, "fallback": fallback, "adapter": adapter, "onto": onto, "imatrix": imatrix,
             "target_size": target_size, "target_bpw": target_bpw, "sensitivity": sensitivity,
             "confirm": confirm, "sparsity": sparsity, "pattern": pattern,
-            "method": method, "hessian": hessian, "calibrate": calibrate or None, "data": data, "tokens": tokens,
+            "method": method, "hessian": hessian, "calibrate": calibrate or None, "sequential": sequential or None, "data": data, "tokens": tokens,
             "effort": effort, "architecture": architecture, "mtp": mtp, "pre": pre, "name": model_name, "split_max_size": split_max_size, "max_ram": max_ram,
             "threads": threads, "verify": verify, "format": format, "bits": bits, "group_size": group_size, "sym": sym,
             "desc_act": desc_act or None, "double_quant": double_quant or None, "storage": storage, "keep": keep,

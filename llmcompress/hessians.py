@@ -8,7 +8,8 @@ Weights with the same inputs (q, k and v; gate and up) share a file.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,34 @@ def write_index(
             (folder / f"{name}.safetensors").unlink(missing_ok=True)
 
 
+class Leaning:
+    """XᵀX of matrices of which some saw few tokens: experts lean on the mean of all, as `mean_squares` has it.
+
+    To each of several XᵀX as many tokens of their mean are added as SHRINKAGE_TOKENS says: with few of its own, all that an
+    expert gets is that mean; with many, it makes no difference. The latest mean is kept."""
+
+    def __init__(self) -> None:
+        self._name, self._mean, self._adding = "", None, threading.Lock()
+
+    def products(
+        self, name: str, tokens: np.ndarray, read: Callable[[int], np.ndarray], matrix: int
+    ) -> np.ndarray | None:
+        """float32 (inputs, inputs). tokens: int64 (matrices,); read: XᵀX by the number of a matrix."""
+        if not tokens.any():
+            return None
+        if len(tokens) == 1:
+            return read(matrix)
+        with self._adding:
+            if self._name != name:
+                first, *others = np.flatnonzero(tokens)
+                total = read(first).copy()
+                for n in others:
+                    total += read(n)
+                self._name, self._mean = name, total / np.float32(tokens.sum())
+            leant = np.float32(SHRINKAGE_TOKENS) * self._mean
+            return leant + read(matrix) if tokens[matrix] else leant
+
+
 class HessianFolder:
     """A folder of XᵀX as a source of importance (see importance.py) that has `products` too.
 
@@ -80,6 +109,7 @@ class HessianFolder:
         ):
             raise LlmcompressError(f"{self.source / INDEX}: is damaged; calibrate again")
         self.datasets = tuple(self.datasets)
+        self._leaning = Leaning()
         self.notes = tuple(scarce_notes({name: _tokens(places) for name, places in self.entries.items()}))
 
     def weights(self, name: str, matrices: int, inputs: int) -> np.ndarray:
@@ -96,9 +126,9 @@ class HessianFolder:
         return mean_squares(_tokens(places), squares)
 
     def products(self, name: str, matrix: int) -> np.ndarray | None:
-        """XᵀX, float32 (inputs, inputs), of one matrix of a weight; None where too few tokens reached it."""
-        place = self.entries[name][matrix]
-        return None if place["tokens"] < SHRINKAGE_TOKENS else self._read(place)
+        """XᵀX, float32 (inputs, inputs), of one matrix of a weight, as `Leaning` has it; None where no token reached any."""
+        places = self.entries[name]
+        return self._leaning.products(name, _tokens(places), lambda n: self._read(places[n]), matrix)
 
     def shared(self, name: str, matrix: int) -> tuple[str, int]:
         """Equal for two matrices that have the same inputs."""

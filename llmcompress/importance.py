@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from llmcompress.methods.gptq import Solver
 
 SOLVERS_KEPT = 2
-TOO_FEW = "rounded to nearest: too few tokens"
+TOO_FEW = "rounded to nearest: no tokens"
 
 
 class Source(Protocol):
@@ -47,8 +47,12 @@ class Live(Source, Protocol):
     def stage(self, name: str) -> int:
         """When a tensor is best quantized, counted from 0; -1 for one that has not to wait."""
 
-    def running(self) -> contextlib.AbstractContextManager:
-        """Entries appear inside this context."""
+    def running(self, made: Sequence[Path], pieces: Mapping[str, int]) -> contextlib.AbstractContextManager:
+        """Entries appear inside this context. made: the files, or the folder, that tensors are written to; pieces: in how
+        many pieces each is."""
+
+    def finished(self, name: str) -> None:
+        """A piece of a tensor is written."""
 
     def stop(self) -> None:
         """No more entries are wanted."""
@@ -90,12 +94,12 @@ class Importance(Mapping[str, np.ndarray]):
         return name in self._sizes
 
     def products(self, name: str, matrix: int) -> np.ndarray | None:
-        """XᵀX, float32 (columns, columns), of one matrix of a tensor; None where the source has none or too few tokens."""
+        """XᵀX, float32 (columns, columns), of one matrix of a tensor; None where the source has none."""
         has_products = name in self and hasattr(self._source, "products")
         return self._source.products(name, matrix) if has_products else None
 
     def solver(self, name: str, matrix: int) -> Solver | None:
-        """What GPTQ needs for one matrix of a tensor; None where there is too little data for it.
+        """What GPTQ needs for one matrix of a tensor; None where there is no data for it.
 
         Computed once for all that share their inputs, and the latest two kept."""
         from llmcompress.methods.gptq import Solver
@@ -131,9 +135,14 @@ class Importance(Mapping[str, np.ndarray]):
         """What a live source found out while it ran."""
         return tuple(self.live.complaints) if self.live else ()
 
-    def running(self) -> contextlib.AbstractContextManager:
-        """A live source works inside this context; for others it is nothing."""
-        return self.live.running() if self.live else contextlib.nullcontext()
+    def running(self, made: Sequence[Path], pieces: Mapping[str, int]) -> contextlib.AbstractContextManager:
+        """A live source works inside this context; for others it is nothing. Arguments as Live's."""
+        return self.live.running(made, pieces) if self.live else contextlib.nullcontext()
+
+    def finished(self, name: str) -> None:
+        """Tell a live source that a piece of a tensor is written."""
+        if self.live:
+            self.live.finished(name)
 
     def stop(self) -> None:
         """Wake whoever waits for an entry of a live source: there will be no more."""

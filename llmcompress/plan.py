@@ -23,11 +23,11 @@ from llmcompress.gguf.value import Metadata
 from llmcompress.grids import GRIDS
 from llmcompress.grids.code_bits import layout_of
 from llmcompress.grids.grid import Grid
-from llmcompress.importance import Importance, Source
+from llmcompress.importance import SOLVERS_KEPT, Importance, Source
 from llmcompress.machine import cores, free_disk
 from llmcompress.mix import NEVER_QUANTIZED, ModelTraits
 from llmcompress.output import Output, OutputFile, output_paths, part_path, place, typed_metadata
-from llmcompress.recipe import SOURCE_TYPES, Recipe
+from llmcompress.recipe import DEFAULT_MAX_RAM, SOURCE_TYPES, Recipe
 from llmcompress.sizes import format_size
 from llmcompress.step import Slab, Step, is_linear, slab_rows, slabs_of, stored_type
 
@@ -41,6 +41,7 @@ SLAB_WEIGHTS = 2**19  # large enough to hide Python's cost, small enough to stay
 BYTES_PER_SLAB_WEIGHT = 16
 BYTES_PER_HEADER_BYTE = 8
 FIXED_RAM = 224 * 2**20
+MATRICES_OF_A_SOLVER = 6  # of H's size, while it is made and used
 Refine = Callable[[Step, TypeChoice, "np.ndarray | None"], TypeChoice]
 
 
@@ -304,24 +305,33 @@ def _check_paths(plan: Plan) -> None:
             raise PlanError(f"{file.path}: is read by this job; choose another name for the result")
 
 
+def solver_bytes(steps: Sequence[Step]) -> int:
+    """Of the latest solvers kept, each of H and its factor, of one that is being made, and of what its experts share."""
+    widest = max((step.columns for step in steps if len(step.shape) > 1), default=0)
+    return (2 * SOLVERS_KEPT + MATRICES_OF_A_SOLVER) * 4 * widest**2
+
+
 def fit_memory(
     steps: Sequence[Step], recipe: Recipe, headers: int, bytes_per_weight: int
 ) -> tuple[int, int, int]:
     """Workers, weights per slab and expected bytes so that the job stays within `recipe.max_ram`.
 
-    `bytes_per_weight`: of each worker's slab. One worker more than there are cores keeps them busy while a worker
+    `bytes_per_weight`: of each worker's slab. What GPTQ needs for H comes on top, and raises a limit that is the default:
+    where the user set one, it has to fit in. One worker more than there are cores keeps them busy while a worker
     waits for the disk. Raises PlanError where it is too little.
     """
-    fixed = FIXED_RAM + BYTES_PER_HEADER_BYTE * headers
+    solvers = solver_bytes(steps) if recipe.method == "gptq" else 0
+    fixed = FIXED_RAM + BYTES_PER_HEADER_BYTE * headers + solvers
+    limit = recipe.max_ram + (solvers if recipe.max_ram == DEFAULT_MAX_RAM else 0)
     slab_weights = SLAB_WEIGHTS
     for workers in range(recipe.threads or cores() + 1, 0, -1):
         largest = max(slab_rows(step, slab_weights) * step.columns for step in steps)
         ram = fixed + workers * largest * bytes_per_weight
-        if ram <= recipe.max_ram:
+        if ram <= limit:
             return workers, slab_weights, ram
     smallest = max(step.operation.group * step.columns for step in steps)
     ram = fixed + max(smallest, slab_weights // 8) * bytes_per_weight
-    if ram <= recipe.max_ram:
+    if ram <= limit:
         return 1, slab_weights // 8, ram
     raise PlanError(
         f"--max-ram {format_size(recipe.max_ram)} is too little: this model needs at least {format_size(ram)}"

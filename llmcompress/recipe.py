@@ -38,6 +38,7 @@ FORMATS_OF = {  # fields that only some formats know
     **dict.fromkeys(("bits", "group_size", "sym", "desc_act"), ("gptq",)),
     **dict.fromkeys(("double_quant", "storage"), ("nf4", "fp4")),
     "keep": ("nf4", "fp4", "int8"),
+    "sequential": ("gguf", "gptq"),
 }
 DEFAULT_MAX_RAM = 512 * 2**20
 
@@ -65,6 +66,7 @@ class Recipe:
     calibrate: bool = False  # make the importance while quantizing, from `data`
     data: tuple[str, ...] = ("default",)  # texts to calibrate on
     tokens: int = 2**18  # of them
+    sequential: bool = False  # each block on what the quantized ones before it put out
     format: str = "gguf"  # or a checkpoint's: gptq, of which the next four fields speak, nf4, fp4, int8
     bits: int = 4  # of a code
     group_size: int = 128  # weights that share a scale; -1: a row
@@ -108,6 +110,12 @@ class Recipe:
         if self.method == "gptq" and not (self.hessian or self.calibrate):
             raise RecipeError(
                 "method: gptq needs to see inputs: add --calibrate, or --hessian with a calibrated folder"
+            )
+        if self.sequential and not (self.calibrate and (self.method == "gptq" or self.format == "gptq")):
+            raise RecipeError("sequential: is a way to calibrate for gptq: add --calibrate and --method gptq")
+        if self.sequential and len(self.types) > 1:
+            raise RecipeError(
+                "sequential: blocks can be calibrated on one file's weights; give a single type"
             )
         if self.onto and not self.adapter:
             raise RecipeError("onto: is for an adapter; add --adapter")
@@ -257,7 +265,7 @@ def _field(key: str, value: Any, label: str) -> Any:
         return _bits(value, label)
     elif key == "tokens":
         return parse_count(value, label)
-    elif key in ("pure", "leave_output_tensor", "calibrate", "sym", "desc_act", "double_quant"):
+    elif key in ("pure", "leave_output_tensor", "calibrate", "sequential", "sym", "desc_act", "double_quant"):
         if isinstance(value, bool):
             return value
     elif key in ("threads", "bits", "group_size", "confirm"):

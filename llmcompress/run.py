@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import time
 import zlib
+from collections import Counter
 from contextlib import closing
 from dataclasses import astuple
 from functools import partial
@@ -63,7 +64,9 @@ def _write_and_check(plan: Plan, journal: Journal, progress: Progress) -> int:
     check_disk(plan)
     with Parts(plan, fresh=not journal.done) as parts:
         try:
-            with plan.importance.running():
+            made = [part_path(file.path) for file in plan.files]
+            pieces = Counter(plan.steps[slab.step].name for slab in plan.slabs())
+            with plan.importance.running(made, pieces):
                 kept = _write_slabs(plan, parts, journal, progress)
             measured = verify(plan, progress)
         except (RunError, GGUFError):
@@ -166,6 +169,7 @@ def _write_slabs(plan: Plan, parts: Parts, journal: Journal, progress: Progress)
             )
         ) as slabs:
             for slab, written in slabs:
+                plan.importance.finished(plan.steps[slab.step].name)
                 finished |= written
                 kept += not written
                 progress.advance(plan.steps[slab.step].source_bytes(slab.rows))

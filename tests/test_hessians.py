@@ -12,7 +12,10 @@ import safetensors.numpy
 
 import llmcompress
 from llmcompress.errors import LlmcompressError
-from llmcompress.hessians import INDEX, SQUARES, HessianFolder, write_index
+from llmcompress.gguf.imatrix import SHRINKAGE_TOKENS
+from llmcompress.grids import GRIDS
+from llmcompress.hessians import INDEX, SQUARES, HessianFolder, Leaning, write_index
+from llmcompress.methods import gptq
 from llmcompress.stats import TensorStats
 
 Make = Callable[..., Path]
@@ -52,12 +55,41 @@ def test_weights_with_the_same_inputs_share_a_file(folder: Path) -> None:
     np.testing.assert_array_equal(held.products("q", 0), held.products("k", 0))
 
 
-def test_weights_are_the_means_of_the_diagonal_and_cold_experts_have_no_products(folder: Path) -> None:
+def test_weights_are_the_means_of_the_diagonal_and_experts_lean_on_the_mean_of_all(folder: Path) -> None:
     held = HessianFolder(folder)
     np.testing.assert_allclose(held.weights("q", 1, 4)[0], np.diagonal(held.products("q", 0)) / 64, rtol=1e-6)
-    assert held.products("up", 0).shape == (4, 4) and held.products("up", 1) is None
+    own = safetensors.numpy.load_file(folder / "a.up.safetensors")["products"]
+    tokens = np.array([64, 2])
+    for expert in range(2):
+        expected = own[expert] + SHRINKAGE_TOKENS * own.sum(0) / tokens.sum()
+        np.testing.assert_allclose(held.products("up", expert), expected, rtol=1e-5)
+        means = np.diagonal(held.products("up", expert)) / (tokens[expert] + SHRINKAGE_TOKENS)
+        np.testing.assert_allclose(held.weights("up", 2, 4)[expert], means, rtol=1e-5)
     assert any("up" in note and "experts" in note for note in held.notes)
     assert not any(note.startswith("q:") for note in held.notes)
+
+
+def test_a_cold_expert_is_better_off_with_the_mean_of_all() -> None:
+    """Experts of one layer see inputs that are alike. Of 8 tokens the 128 columns of H say next to nothing."""
+    rng, grid = np.random.default_rng(1), GRIDS["Q4_0"]
+    mixing = rng.standard_normal((128, 128)) * np.exp(rng.standard_normal(128)) / 12
+    own = mixing + 0.3 * rng.standard_normal((4, 128, 128)) / 12
+    tokens = np.array([4000, 3000, 40, 8])
+    inputs = [rng.standard_normal((count, 128)) @ own[e] for e, count in enumerate(tokens)]
+    products = [(x.T @ x).astype(np.float32) for x in inputs]
+    weights = (rng.standard_t(5, (64, 128)) * 0.05).astype(np.float32)
+    for expert in (2, 3):
+        true = own[expert].T @ own[expert]
+
+        def error(data: np.ndarray) -> float:
+            e = weights - grid.dequantize(data)
+            return float(np.einsum("ri,ij,rj->", e, true, e))
+
+        leaning = Leaning().products("up", tokens, products.__getitem__, expert)
+        means = np.ascontiguousarray(leaning.diagonal())
+        found = error(gptq.quantize(weights, grid, gptq.Solver.of(leaning)))
+        alone = error(gptq.quantize(weights, grid, gptq.Solver.of(products[expert])))
+        assert found < 0.9 * alone and found < 0.8 * error(grid.quantize(weights, means))
 
 
 def test_a_file_of_another_model_or_size_is_refused(folder: Path) -> None:

@@ -10,6 +10,8 @@ takes up to 45 minutes. All figures are mean KL divergences on held-out text, by
 grids: of files in which every matrix of the blocks has one type and all else is F32. One is by `quantize --method
     gptq`; its peer has the same tensors, each quantized by ggml (the one in the xllamacpp wheel, tests/llama_cpp.py)
     with the importance of the same tokens; a third is our rounding to nearest. Files are of one size to the byte.
+sequential: of such files, each block calibrated on what the quantized ones before it put out, beside the one pass over
+    the same tokens.
 target: of a K-mix with importance, by us and by ggml, and of `--target-size` at that file's size, rounded to nearest
     and by gptq.
 checkpoint: of GPTQ checkpoints of 4 bits in groups of 128, by gptq, by nearest rounding with the same search for
@@ -62,12 +64,13 @@ from llama_cpp import Ggml  # noqa: E402
 
 SHARED = ROOT.parent / "shared"
 MODELS = [ROOT / "examples" / "sample-llama-6m", SHARED / "models" / "sample-qwen3-7m"]
-PARTS = ("grids", "target", "checkpoint", "time")
+PARTS = ("grids", "sequential", "target", "checkpoint", "time")
 CORPUS = SHARED / "corpora" / "sample-heldout"
 TOKENS, HELD_OUT = 2**15, 12288
 FILE_TYPES = {"Q3_K": "Q3_K_S", "Q4_K": "Q4_K_S", "Q5_K": "Q5_K_S"}  # others are called as their grid
 TYPES = ["Q4_K", "Q5_K", "IQ4_XS", "Q3_K", "IQ3_S", "IQ3_XXS", "Q2_K"]
 MIXES = ["Q3_K_M", "Q4_K_M"]
+SEQUENTIAL = ["Q3_K"]
 BARS = {  # of sample-llama-6m and of other models
     **dict.fromkeys(["Q4_K", "Q5_K", "IQ4_XS"], (0.40, 0.65)),
     **dict.fromkeys(["Q3_K", "IQ3_S", "IQ3_XXS"], (0.40, 0.60)),
@@ -100,7 +103,7 @@ class Subject:
     def made(self, name: str, **options) -> tuple[Path, object]:
         """A file or folder of the name. A checkpoint is by gptq, or to nearest where the options name an imatrix."""
         out = self.work / name
-        source = {} if "imatrix" in options else {"hessian": str(self.hessian)}
+        source = {} if {"imatrix", "calibrate"} & options.keys() else {"hessian": str(self.hessian)}
         return out, llmcompress.quantize(self.model, out, **source, **options)
 
     def row(self, what: str, bar: str, ours: float, peer: float, note: str = "") -> None:
@@ -118,15 +121,28 @@ def grids(subject: Subject, types: list[str]) -> None:
     for name in types:
         kl = {}
         for method in ("nearest", "gptq"):
-            out, made = subject.made(
-                f"{method}.gguf", type=FILE_TYPES.get(name, name), pure=True, method=method,
-                token_embedding_type="F32", output_tensor_type="F32",
-            )  # fmt: skip
+            out, made = subject.made(f"{method}.gguf", method=method, **of_one_type(name))
             kl[method] = subject.kl(out)
         used = {tensor.method for tensor in made.outputs[0].tensors if tensor.type == name}
         peer = by_ggml(out, subject)
         note = "" if used == {"gptq"} else f", by {' and '.join(sorted(used))}"
         subject.row(f"{name} gptq / ggml (nearest: {kl['nearest']:.6f})", name, kl["gptq"], peer, note)
+
+
+def of_one_type(name: str) -> dict[str, object]:
+    kept = {"token_embedding_type": "F32", "output_tensor_type": "F32"}
+    return {"type": FILE_TYPES.get(name, name), "pure": True, **kept}
+
+
+def sequential(subject: Subject, types: list[str]) -> None:
+    """Print a row for each type."""
+    calibrated = {"calibrate": True, "data": list(subject.options.data), "tokens": TOKENS}
+    for name in types:
+        one, _ = subject.made("one.gguf", method="gptq", **of_one_type(name))
+        many, _ = subject.made(
+            "sequential.gguf", method="gptq", sequential=True, **calibrated, **of_one_type(name)
+        )
+        subject.row(f"{name} gptq, sequential / one pass", "", subject.kl(many), subject.kl(one))
 
 
 def targets(subject: Subject, mixes: list[str]) -> None:
@@ -323,6 +339,8 @@ def main() -> int:
                 subject = Subject(model, given.calibration, given.held_out, Path(work))
                 if "grids" in given.parts:
                     grids(subject, given.types)
+                if "sequential" in given.parts:
+                    sequential(subject, [name for name in SEQUENTIAL if name in given.types])
                 if "target" in given.parts:
                     targets(subject, given.mixes)
                 if "checkpoint" in given.parts:
