@@ -202,7 +202,7 @@ def run_coded(plan: CodedPlan, progress: Progress | None = None) -> Result:
             progress,
             partial(plan.format.finish, plan.linears),
             plan.importance.stop,
-            plan.importance.finished,
+            finished=plan.importance.finished,
         )
     measured = {
         linear.step.name: sum((Fidelity(*written.noted[n]) for n in numbers), Fidelity())

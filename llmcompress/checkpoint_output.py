@@ -116,13 +116,14 @@ def write_checkpoint(
     finish: Finish = lambda files: (),
     stopping: Callable[[], None] = lambda: None,
     then: Stages = lambda files: (),
+    finished: Callable[[str], None] = lambda of: None,
 ) -> Written:
     """Do all `works`, then those of `then`, then write what `finish` yields, and give the folder its name.
 
     `source_bytes`: of all works. `then` yields stages of works, each drawn, in this thread, when all before it are
     written, so that it may read them. `finish` runs when all works are done, and again in a run that goes on: it
     yields whole tensors, of which those that depend on others are made, and files of other names. `stopping` is called
-    when workers are to end, and wakes those that wait.
+    when workers are to end, and wakes those that wait; `finished` gets the `of` of each work that is in its places.
     Raises RunError for data that cannot be written faithfully (nothing is left of the folder), InterruptedRun for a
     disk that cannot be written to, and lets KeyboardInterrupt through; after both, the same command goes on.
     """
@@ -131,7 +132,7 @@ def write_checkpoint(
             with Files(output, journal) as files:
                 progress.start("writing", source_bytes)
                 for stage in itertools.chain((works,), then(files)):
-                    _write_works(files, stage, progress, stopping)
+                    _write_works(files, stage, progress, stopping, finished)
                 _finish(files, finish)
             _check(output)
         except RunError:
@@ -198,6 +199,8 @@ class Files:
                 descriptor = self._opened(shard.file, shard.size)
                 _write(descriptor, memoryview(shard.header), 0)
                 self._places |= {name: (descriptor, at) for name, at in shard.offsets.items()}
+            if len(self.output.shards) > 1:  # so that what is written can be read
+                (self.folder / INDEX).write_text(index_of(self.output.shards))
             self._open_scratch()
             copy_companions(self.output.companions, self.folder)
             for name, text in self.output.texts.items():
@@ -298,8 +301,9 @@ class Files:
 
 
 def _write_works(
-    files: Files, works: Iterable[Work], progress: Progress, stopping: Callable[[], None]
-) -> None:
+    files: Files, works: Iterable[Work], progress: Progress, stopping: Callable[[], None],
+    is_done: Callable[[str], None],
+) -> None:  # fmt: skip
     """Do every work the journal does not vouch for, noting what is done every COMMIT_SECONDS."""
     written, finished = files.written, {}
     last = time.monotonic()

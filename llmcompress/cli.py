@@ -101,9 +101,7 @@ Calibrate = Annotated[
 Tokens = Annotated[
     Optional[str], typer.Option("--tokens", metavar="N", help="Tokens to calibrate on.  [default: 256k]")
 ]
-Sequential = Annotated[
-    bool, typer.Option("--sequential", help="Calibrate each block on the quantized ones before it. Slower.")
-]
+Sequential = Annotated[bool, typer.Option("--sequential", help="Calibrate on the quantized blocks before.")]
 Method = Annotated[
     Optional[str],
     typer.Option("--method", metavar="METHOD", help="nearest, or gptq: error feedback.  [default: nearest]"),

@@ -159,7 +159,7 @@ def test_no_row_is_worse_than_nearest_and_most_are_far_better(name: str) -> None
     before = errors_of(weights, name, nearest, hessian)
     after = errors_of(weights, name, gptq.quantize(weights, GRIDS[name], solver), hessian)
     assert (after <= before * (1 + 1e-4)).all()
-    assert after.sum() < (0.55 if name == "Q2_K" else 0.5) * before.sum()
+    assert after.sum() < (0.6 if name == "Q2_K" else 0.55) * before.sum()
 
 
 @pytest.mark.parametrize("name", [*TYPICAL, "Q4_1", "Q2_K", "IQ3_XXS", "IQ2_S"])

@@ -93,11 +93,28 @@ def move_pairs(pull, hessian, codes, scale, levels):
     flat = hessian.reshape(-1)
     rise, fall = np.empty(columns, np.float32), np.empty(columns, np.float32)  # twice what a weight moves by
     up, down = np.empty(columns, np.float32), np.empty(columns, np.float32)  # what that costs alone
-    lanes = np.empty((2, WIDTH), np.float32)
+    lanes, root = np.empty((2, WIDTH), np.float32), np.empty(columns, np.float32)
+    strongest = np.zeros(
+        columns, np.float32
+    )  # what a column has to do with others, at most, over their roots
+    for j in range(columns):
+        root[j] = np.sqrt(hessian[j, j])
+    for i in range(columns):
+        for j in range(columns):
+            if i != j:
+                strongest[i] = max(strongest[i], abs(hessian[i, j]) / root[j])
     for row in range(rows):
+        reach = lowest = np.float32(
+            0
+        )  # how far a partner moves times its root, at most, and what that costs, at least
         for j in range(columns):
             _price(pull, hessian, codes, scale, levels, row, j, rise, fall, up, down)
+            reach = max(reach, max(abs(rise[j]), abs(fall[j])) * root[j])
+            lowest = min(lowest, min(up[j], down[j]))
         for i in range(columns):
+            together = max(abs(rise[i]), abs(fall[i])) * strongest[i] * reach * np.float32(0.5)
+            if min(up[i], down[i]) + lowest > together:
+                continue  # no partner makes up for what it costs
             alone = up[i], down[i]
             up[i] = down[i] = NEVER
             x, y = np.float32(0.5) * rise[i], np.float32(0.5) * fall[i]
@@ -133,9 +150,12 @@ def move_pairs(pull, hessian, codes, scale, levels):
                     pull[row, j] -= change
                     up[j] += rise[j] * change
                     down[j] += fall[j] * change
+                    lowest = min(lowest, min(up[j], down[j]))
                 _price(pull, hessian, codes, scale, levels, row, partner, rise, fall, up, down)
+                reach = max(reach, max(abs(rise[partner]), abs(fall[partner])) * root[partner])
                 break
             _price(pull, hessian, codes, scale, levels, row, i, rise, fall, up, down)
+            reach = max(reach, max(abs(rise[i]), abs(fall[i])) * root[i])
 
 
 @compiled(inline="always", fastmath=True)

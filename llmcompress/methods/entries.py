@@ -1,108 +1,38 @@
-"""The loops of gptq.py for codebooks, compiled: four or eight columns at a time get the entry and the signs of the least error.
+"""The loops of gptq.py for codebooks, compiled: four or eight columns at a time get an entry and signs (entry_search.py).
 
-That error is (x - v) S (x - v)ᵀ for the weights x wanted and v = step x signs x entry: S is what is left of H for
-these columns, those behind them free, in the sweep, and their block of H in the descent. Signs are those of the weights
-wanted; where they must be even in number and are not, one is turned that then costs least. Of these signs all entries
-are tried.
+What counts is, in the sweep, what is left of H for these columns, those behind them free; after it, their block of H.
 """
 
 from __future__ import annotations
 
-import functools
-
 import numpy as np
 
-from llmcompress.grids.code_bits import entry_bits
-from llmcompress.grids.codebook import Codebook
 from llmcompress.grids.compiled import compiled
+from llmcompress.grids.lanes import WIDTH, fma, load, minimum, splat, store
+from llmcompress.methods.entry_search import (
+    LARGEST,
+    choose,
+    code_of,
+    count_signs,
+    move,
+    parity_of,
+    propose,
+    scratch_for,
+    take_signs_wanted,
+    want,
+    weight,
+)
 
-FOUR = 4  # terms of a cost that are added at a time
-
-
-@functools.lru_cache(maxsize=8)
-def _by_name(entries: bytes, size: int) -> np.ndarray:
-    table = np.frombuffer(entries, np.float32).reshape(-1, size)
-    terms = [table[:, i] for i in range(size)]
-    terms += [table[:, i] * table[:, j] for i in range(size) for j in range(i, size)]
-    terms += [np.zeros(len(table), np.float32)] * (-len(terms) % FOUR)
-    return np.ascontiguousarray(terms)
-
-
-def book_tables(book: Codebook) -> tuple[np.ndarray, np.ndarray, int, bool]:
-    """Entries, float32 (entries, size); what costs are linear in, float32 (terms, entries): levels, and products of
-    two; the bits of an entry's number; and whether signs are even."""
-    return book.entries, _by_name(book.entries.tobytes(), book.entries.shape[1]), entry_bits(book), book.even
-
-
-@compiled(fastmath=True, error_model="numpy")
-def _search(linear, square, step, signs, terms, factors, costs):
-    """The entry of the least step² v S v - 2 step v·linear, and that."""
-    size, k = len(linear), len(linear)
-    for i in range(size):
-        factors[i] = np.float32(-2) * step * signs[i] * linear[i]
-        for j in range(i, size):
-            double = np.float32(1) if i == j else np.float32(2)
-            factors[k] = double * step * step * signs[i] * signs[j] * square[i, j]
-            k += 1
-    factors[k:] = np.float32(0)
-    costs[:] = np.float32(0)
-    for k in range(0, len(terms), FOUR):
-        a, b, c, d = factors[k], factors[k + 1], factors[k + 2], factors[k + 3]
-        for n in range(len(costs)):
-            costs[n] += a * terms[k, n] + b * terms[k + 1, n] + c * terms[k + 2, n] + d * terms[k + 3, n]
-    found = 0
-    for n in range(len(costs)):
-        if costs[n] < costs[found]:
-            found = n
-    return found, costs[found]
+OTHERS = 4  # codes of a group beside its own that pairs are made of
+NOISE = np.float32(1e-6)
 
 
 @compiled(fastmath=True, error_model="numpy")
-def _choose(linear, square, step, signs, odd, entries, terms, factors, costs):
-    """The best entry; `signs` become its. odd: 1 and 0 for an odd and even number of negative ones, -1 for any."""
-    size, negative = len(linear), 0
-    for i in range(size):
-        negative += signs[i] < np.float32(0)
-    n, cost = _search(linear, square, step, signs, terms, factors, costs)
-    if odd < 0 or negative % 2 == odd:
-        return n, cost
-    turned, least = 0, np.float32(np.inf)
-    for i in range(size):
-        pull = linear[i]
-        for j in range(size):
-            pull -= step * square[i, j] * signs[j] * entries[n, j]
-        change = np.float32(-2) * step * signs[i] * entries[n, i]
-        rise = change * (change * square[i, i] - np.float32(2) * pull)
-        if rise < least:
-            turned, least = i, rise
-    signs[turned] = -signs[turned]
-    return _search(linear, square, step, signs, terms, factors, costs)
-
-
-@compiled(fastmath=True, error_model="numpy")
-def _code(n, signs, bits):
-    code = n
-    for i in range(len(signs)):
-        code |= int(signs[i] < np.float32(0)) << (bits + i)
-    return code
-
-
-@compiled(fastmath=True, error_model="numpy")
-def _count_signs(code, bits):
-    count, signs = 0, code >> bits
-    while signs:
-        count += signs & 1
-        signs >>= 1
-    return count
-
-
-@compiled(fastmath=True, error_model="numpy")
-def sweep_entries(left, scale, entries, terms, bits, even, squares, factor, codes, errors):
-    """As `sweep` of columns.py; `left` is used up. squares: (groups, size, size), S of each; codes: (rows, groups)."""
+def sweep_entries(left, scale, book, squares, factor, codes, errors):
+    """As `sweep` of columns.py; `left` is used up. squares: (groups, size, size), what counts; codes: (rows, groups)."""
     rows, columns = left.shape
-    size = entries.shape[1]
-    linear, signs = np.empty(size, np.float32), np.empty(size, np.float32)
-    factors, costs = np.empty(len(terms), np.float32), np.empty(len(entries), np.float32)
+    size, scratch = book.entries.shape[1], scratch_for(book)
+    linear, signs = scratch.linear, scratch.signs
     for row in range(rows):
         for group in range(columns // size):
             start, square, step = group * size, squares[group], scale[row, group * size]
@@ -112,73 +42,24 @@ def sweep_entries(left, scale, entries, terms, bits, even, squares, factor, code
                 linear[i] = np.float32(0)
                 for j in range(size):
                     linear[i] += square[i, j] * left[row, start + j]
-            odd = -1
-            if even and (group + 1) * size % 8 == 0:
-                odd = 0 if size == 8 else _count_signs(codes[row, group - 1], bits) % 2
-            n, _ = _choose(linear, square, step, signs, odd, entries, terms, factors, costs)
-            codes[row, group] = _code(n, signs, bits)
+            odd = parity_of(codes[row], group, book) if (group + 1) * size % 8 == 0 else -1
+            n, _ = choose(square, step, odd, book, scratch)
+            codes[row, group] = code_of(n, signs, book.bits)
             for i in range(size):
                 j = start + i
-                error = (left[row, j] - step * signs[i] * entries[n, i]) / factor[j, j]
+                error = (left[row, j] - step * signs[i] * book.entries[n, i]) / factor[j, j]
                 errors[row, j] = error
                 for behind in range(j + 1, columns):
                     left[row, behind] -= error * factor[j, behind]
 
 
 @compiled(fastmath=True, error_model="numpy")
-def _propose(pull, hessian, start, step, code, odd, entries, terms, bits, linear, signs, old, factors, costs):
-    """The best code of the columns from `start` on, and by how much it changes the error. `pull` is a row's.
-
-    Of the signs that the weights wanted have, or, where that does not help, of those it has."""
-    size, mask = entries.shape[1], (1 << bits) - 1
-    square, before = hessian[start : start + size, start : start + size], np.float32(0)
-    for i in range(size):
-        sign = np.float32(-1) if code >> (bits + i) & 1 else np.float32(1)
-        old[i] = sign * entries[code & mask, i]
-    for i in range(size):
-        within = np.float32(0)
-        for j in range(size):
-            within += step * square[i, j] * old[j]
-        linear[i] = pull[start + i] + within
-        before += step * old[i] * (within - np.float32(2) * linear[i])
-        wanted = step * (step * old[i] + pull[start + i] / square[i, i])
-        signs[i] = np.float32(-1) if wanted < np.float32(0) else np.float32(1)
-    n, cost = _choose(linear, square, step, signs, odd, entries, terms, factors, costs)
-    least, best = cost - before, _code(n, signs, bits)
-    if least >= np.float32(0) and best >> bits != code >> bits:
-        for i in range(size):
-            signs[i] = np.float32(-1) if old[i] < np.float32(0) else np.float32(1)
-        n, cost = _choose(linear, square, step, signs, odd, entries, terms, factors, costs)
-        if cost - before < least:
-            least, best = cost - before, _code(n, signs, bits)
-    return best, least, before
-
-
-@compiled(fastmath=True, error_model="numpy")
-def _move(pull, hessian, start, step, code, chosen, entries, bits):
-    """Let a row's `pull` follow from one code to another."""
-    mask = (1 << bits) - 1
-    for i in range(entries.shape[1]):
-        old = -entries[code & mask, i] if code >> (bits + i) & 1 else entries[code & mask, i]
-        new = -entries[chosen & mask, i] if chosen >> (bits + i) & 1 else entries[chosen & mask, i]
-        change = step * (new - old)
-        for j in range(len(pull)):
-            pull[j] -= change * hessian[start + i, j]
-
-
-@compiled(fastmath=True, error_model="numpy")
-def descend_entries(pull, hessian, codes, scale, entries, terms, bits, even, order, rounds):
+def descend_entries(pull, hessian, codes, scale, book, order, rounds):
     """As `descend` of columns.py; `order` is of groups.
 
     Where two groups share a set of even signs, a group also tries the other parity, if its neighbour gains by it too."""
     rows, columns = pull.shape
-    size = entries.shape[1]
-    linear, signs, old = np.empty(size, np.float32), np.empty(size, np.float32), np.empty(size, np.float32)
-    factors, costs, tried = (
-        np.empty(len(terms), np.float32),
-        np.empty(len(entries), np.float32),
-        np.empty(columns, np.float32),
-    )
+    size, scratch, tried = book.entries.shape[1], scratch_for(book), np.empty(columns, np.float32)
     for row in range(rows):
         for _ in range(rounds):
             moved = False
@@ -186,68 +67,187 @@ def descend_entries(pull, hessian, codes, scale, entries, terms, bits, even, ord
                 start, step, code = group * size, scale[row, group * size], codes[row, group]
                 if step == np.float32(0):
                     continue
-                odd, other = -1, group ^ 1
-                if even:
-                    odd = 0 if size == 8 else _count_signs(codes[row, other], bits) % 2
-                chosen, change, before = _propose(
-                    pull[row],
-                    hessian,
-                    start,
-                    step,
-                    code,
-                    odd,
-                    entries,
-                    terms,
-                    bits,
-                    linear,
-                    signs,
-                    old,
-                    factors,
-                    costs,
+                odd, other = parity_of(codes[row], group, book), group ^ 1
+                chosen, change, before = propose(
+                    pull[row], hessian, start, step, step, code, odd, book, scratch
                 )
-                enough = np.float32(-1e-6) * abs(before)
-                if even and size == 4:
-                    turned, alone, _ = _propose(
-                        pull[row],
-                        hessian,
-                        start,
-                        step,
-                        code,
-                        1 - odd,
-                        entries,
-                        terms,
-                        bits,
-                        linear,
-                        signs,
-                        old,
-                        factors,
-                        costs,
+                enough = -NOISE * abs(before)
+                if book.even and size == 4:
+                    turned, alone, _ = propose(
+                        pull[row], hessian, start, step, step, code, 1 - odd, book, scratch
                     )
                     tried[:] = pull[row]
-                    _move(tried, hessian, start, step, code, turned, entries, bits)
-                    partner, more, _ = _propose(
-                        tried,
-                        hessian,
-                        other * size,
-                        step,
-                        codes[row, other],
-                        _count_signs(turned, bits) % 2,
-                        entries,
-                        terms,
-                        bits,
-                        linear,
-                        signs,
-                        old,
-                        factors,
-                        costs,
+                    move(tried, hessian, start, step, code, step, turned, book)
+                    odd, held = count_signs(turned, book.bits) % 2, codes[row, other]
+                    partner, more, _ = propose(
+                        tried, hessian, other * size, step, step, held, odd, book, scratch
                     )
                     if alone + more < min(change, enough):
-                        _move(tried, hessian, other * size, step, codes[row, other], partner, entries, bits)
+                        move(tried, hessian, other * size, step, held, step, partner, book)
                         pull[row, :] = tried
                         codes[row, group], codes[row, other], moved = turned, partner, True
                         continue
                 if chosen != code and change < enough:
-                    _move(pull[row], hessian, start, step, code, chosen, entries, bits)
+                    move(pull[row], hessian, start, step, code, step, chosen, book)
                     codes[row, group], moved = chosen, True
             if not moved:
                 break
+
+
+@compiled(fastmath=True, error_model="numpy")
+def rescale_entries(pull, hessian, codes, scale, slope, numbers, least, most, book):
+    """Move the number of a run of columns to the next, all of whose codes follow, wherever that lowers the error.
+
+    numbers: int32 (rows, runs), in least..most. slope: float32 (rows, runs), what the run's scale rises by per unit."""
+    rows, columns = pull.shape
+    size, scratch, tried = book.entries.shape[1], scratch_for(book), np.empty(columns, np.float32)
+    groups = columns // numbers.shape[1] // size
+    found = np.empty(groups, codes.dtype)
+    for row in range(rows):
+        for run in range(numbers.shape[1]):
+            first = run * groups
+            for direction in (-1, 1):
+                number = numbers[row, run] + direction
+                held = scale[row, first * size]
+                step = held + np.float32(direction) * slope[row, run]
+                if number < least or number > most or step * held <= np.float32(0):
+                    continue
+                tried[:], found[:] = pull[row], codes[row, first : first + groups]
+                total, enough = np.float32(0), np.float32(0)
+                for again in range(2):
+                    for g in range(groups):
+                        start, now = (first + g) * size, step if again else held
+                        odd = parity_of(found, g, book)
+                        code, change, before = propose(
+                            tried, hessian, start, now, step, found[g], odd, book, scratch
+                        )
+                        if again and not change < np.float32(0):
+                            continue
+                        move(tried, hessian, start, now, found[g], step, code, book)
+                        found[g], total, enough = code, total + change, enough - NOISE * abs(before)
+                if total < enough:
+                    pull[row], codes[row, first : first + groups] = tried, found
+                    numbers[row, run], scale[row, first * size : (first + groups) * size] = number, step
+                    break
+
+
+@compiled(fastmath=True, error_model="numpy")
+def pair_entries(pull, hessian, by_place, codes, scale, book):
+    """Give two groups other codes wherever that lowers the error and one alone does not.
+
+    by_place: `hessian`, its columns sorted by their place in a group. Groups are a multiple of 16."""
+    rows, columns = pull.shape
+    size, scratch = book.entries.shape[1], scratch_for(book)
+    groups = columns // size
+    lanes = groups // WIDTH
+    others = np.empty((OTHERS, groups), codes.dtype)
+    alone = np.empty((OTHERS, groups), np.float32)  # what each changes the error by
+    double = np.empty((OTHERS, size, groups), np.float32)  # twice what it changes the weights by
+    enough, shift = np.empty(groups, np.float32), np.empty((size, groups), np.float32)
+    best = np.empty((1, WIDTH), np.float32)
+    for row in range(rows):
+        for g in range(groups):
+            _list_others(
+                pull[row], hessian, g, codes[row], scale[row], book, scratch, others, alone, double, enough
+            )
+        for g in range(groups):
+            for t in range(OTHERS):
+                own = alone[t, g]
+                if own >= LARGEST:
+                    continue
+                shift[:] = np.float32(0)
+                _shift(by_place, g, double[t, :, g], shift)
+                least = splat(0.0)
+                for k in range(g // WIDTH, lanes):
+                    for u in range(OTHERS):
+                        change = load(alone, u * lanes + k)
+                        for i in range(size):
+                            change = fma(
+                                load(double, (u * size + i) * lanes + k), load(shift, i * lanes + k), change
+                            )
+                        least = minimum(least, change)
+                store(best, 0, least)
+                lowest = np.float32(0)
+                for lane in range(WIDTH):
+                    lowest = min(lowest, best[0, lane])
+                if not own + lowest < enough[g]:
+                    continue
+                partner, which, lowest = g, 0, np.float32(0)
+                for other in range(g // WIDTH * WIDTH, groups):
+                    for u in range(OTHERS):
+                        change = alone[u, other]
+                        for i in range(size):
+                            change += double[u, i, other] * shift[i, other]
+                        if change < lowest and other != g:
+                            partner, which, lowest = other, u, change
+                if partner == g or not own + lowest < enough[g]:
+                    continue
+                _shift(by_place, partner, double[which, :, partner], shift)
+                for u in range(OTHERS):
+                    for i in range(size):
+                        for other in range(groups):
+                            alone[u, other] += double[u, i, other] * shift[i, other]
+                for group, code in ((g, others[t, g]), (partner, others[which, partner])):
+                    step = scale[row, group * size]
+                    move(pull[row], hessian, group * size, step, codes[row, group], step, code, book)
+                    codes[row, group] = code
+                for group in (g, partner):
+                    _list_others(
+                        pull[row],
+                        hessian,
+                        group,
+                        codes[row],
+                        scale[row],
+                        book,
+                        scratch,
+                        others,
+                        alone,
+                        double,
+                        enough,
+                    )
+                break
+
+
+@compiled(fastmath=True, error_model="numpy")
+def _shift(by_place, group, double, shift):
+    """Add what the pull falls by if a group moves."""
+    size, groups = shift.shape
+    flat = shift.reshape(-1)
+    for i in range(size):
+        change = np.float32(0.5) * double[i]
+        for j in range(len(flat)):
+            flat[j] += change * by_place[group * size + i, j]
+
+
+@compiled(fastmath=True, error_model="numpy")
+def _list_others(pull, hessian, group, codes, scale, book, scratch, others, alone, double, enough):
+    """The best codes of a group beside the one it has, as `pair_entries` knows them; where there are fewer, LARGEST."""
+    size, code, step = book.entries.shape[1], codes[group], scale[group * book.entries.shape[1]]
+    start = group * size
+    alone[:, group] = LARGEST
+    double[:, :, group] = np.float32(0)
+    if step == np.float32(0):
+        return
+    square = hessian[start : start + size, start : start + size]
+    before = want(pull, square, start, step, code, book, scratch)
+    enough[group] = -NOISE * abs(before)
+    take_signs_wanted(pull, square, start, step, step, scratch)
+    choose(square, step, parity_of(codes, group, book), book, scratch)
+    least, count = scratch.least, 0
+    for lane in range(WIDTH):  # each has one
+        n = WIDTH * int(least[1, lane]) + lane
+        found = code_of(n, scratch.signs, book.bits)
+        if found == code:
+            continue
+        place = min(count, OTHERS - 1)
+        if count >= OTHERS and not least[0, lane] - before < alone[place, group]:
+            continue
+        while place > 0 and least[0, lane] - before < alone[place - 1, group]:
+            alone[place, group], others[place, group] = alone[place - 1, group], others[place - 1, group]
+            place -= 1
+        alone[place, group], others[place, group] = least[0, lane] - before, found
+        count += 1
+    for t in range(min(count, OTHERS)):
+        for i in range(size):
+            change = weight(others[t, group], i, book) - scratch.old[i]
+            double[t, i, group] = np.float32(2) * step * change

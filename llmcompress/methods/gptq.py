@@ -16,6 +16,7 @@ grids/code_bits.py.
 from __future__ import annotations
 
 import functools
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,7 +37,8 @@ from llmcompress.grids.code_bits import (
 from llmcompress.grids.grid import Grid
 from llmcompress.grids.lanes import WIDTH as LANES
 from llmcompress.methods.columns import HALF, SINGLE, WHOLE, descend, move_pairs, refit, sweep
-from llmcompress.methods.entries import book_tables, descend_entries, sweep_entries
+from llmcompress.methods.entries import descend_entries, pair_entries, rescale_entries, sweep_entries
+from llmcompress.methods.entry_search import tables_of
 from llmcompress.methods.exact_zero import zero_code
 
 WIDTH = 256  # columns whose codes are chosen before the rest hears of their errors: a multiple of most blocks
@@ -46,16 +48,18 @@ FLOOR = 1e-6  # of the largest diagonal element
 CHOLESKY_BLOCK = 64
 LEAST_ROWS = 64  # of a product
 # Of the mean of H's diagonal, added to it after the sweep: codes moved freely give up whatever the calibration happens not
-# to show. Without it a row of Q2_K had a squared error as large as its weights. KL over that of ggml's quantizer on
-# sample-llama-6m at 0, 0.003, 0.01, 0.03: Q4_K 0.379, 0.379, 0.371, 0.370; Q2_K none, 0.395, 0.392, 0.388.
-RIDGE = 0.03
-# e H e over that of rounding to nearest, mean of sample-llama-6m's matrices, with 1, 2 and 3 passes: Q4_K 0.203, 0.197,
-# 0.197; Q3_K 0.173, 0.160, 0.159. A weighing less costs 1 to 3 % of it, pairs are worth 10 %, the refit 2 (IQ4_XS) to 10 (Q2_K).
+# to show. Chosen on the end of sample-llama-6m's held-out text, which no figure of ours is of: IQ3_XXS has a KL divergence of
+# 0.00472 at 0.03 and of 0.00461 at 0.1.
+RIDGE = 0.1
+# e H e over that of rounding to nearest, mean of six of sample-llama-6m's matrices, with 1 and 2 passes: Q4_K 0.265, 0.260;
+# Q3_K 0.233, 0.224; Q2_K 0.273, 0.262. The middle weighing is worth 1 % of it, pairs 10 %, the refit 2 (IQ4_XS) to 10 (Q2_K).
 WEIGHINGS = {
     "fast": (1.0,),
     "normal": (1.0, 0.5, 0.0),
     "best": (1.0, 0.75, 0.5, 0.25, 0.0),
 }  # powers of importance
+# Of codebooks, scales over those of rounding to nearest that are tried, the plain one first: 3 % of IQ3_XXS's e H e.
+SIZES = (1.0, 0.93, 0.97, 1.03)
 PASSES = {"fast": 0, "normal": 2, "best": 8}  # over the blocks at most
 ROUNDS = 8  # of a descent in a block at most
 
@@ -80,7 +84,7 @@ class Solver:
         dead = hessian.diagonal() <= 0
         hessian[dead, :] = 0
         hessian[:, dead] = 0
-        hessian.diagonal()[dead] = 1
+        hessian.diagonal()[dead] = DAMPING * hessian.diagonal()[~dead].mean() if not dead.all() else 1
         factor, rung = (None, "rounded to nearest: no inputs") if dead.all() else _factor(hessian)
         return cls(hessian.numpy(), None if factor is None else factor.numpy(), rung)
 
@@ -118,13 +122,9 @@ def supports(grid: Grid) -> bool:
 
 
 def quantize(
-    weights: np.ndarray,
-    grid: Grid,
-    solver: Solver,
-    effort: str = "normal",
-    act_order: bool = False,
+    weights: np.ndarray, grid: Grid, solver: Solver, effort: str = "normal", act_order: bool = False,
     gone: np.ndarray | None = None,
-) -> np.ndarray:
+) -> np.ndarray:  # fmt: skip
     """Round float32 (rows, columns) to `grid`; returns uint8 (rows, row_bytes).
 
     No row has a larger error e H eᵀ than rounded to nearest with the importance diag(H). With `act_order` the columns
@@ -198,7 +198,7 @@ def _cholesky(matrix: torch.Tensor) -> torch.Tensor | None:
 
 
 def _feed_errors(
-    weights: np.ndarray, grid: Grid, solver: Solver, effort: str, gone: np.ndarray | None
+    weights: np.ndarray, grid: Grid, solver: Solver, effort: str, gone: np.ndarray | None = None
 ) -> np.ndarray:
     """GPTQ's sweep over the columns, scales fitted as it gets to them; returns encoded rows."""
     left = weights.copy()  # the weights, less what the errors so far ask of them
@@ -206,16 +206,18 @@ def _feed_errors(
     for first in range(0, weights.shape[1], WIDTH):
         block = slice(first, first + WIDTH)
         target, least = np.ascontiguousarray(left[:, block]), np.full(len(left), np.inf, np.float32)
-        for power in WEIGHINGS[effort]:
-            weighing = solver.conditional[block] ** np.float32(power)
-            tried = grid.quantize(_without(target, gone, block), weighing, effort)
+        for power, size in itertools.product(WEIGHINGS[effort], SIZES if book_of(grid) else SIZES[:1]):
+            if size == SIZES[0]:
+                weighing = solver.conditional[block] ** np.float32(power)
+                fitted = grid.quantize(_without(target, gone, block), weighing, effort)
+            tried = _scaled(grid, fitted, size)
             lattice = (_without(numbers, gone, block) for numbers in lattice_of(grid, tried))
             codes, made = _round_block(target, *lattice, grid, solver.factor[block, block])
             if gone is not None:
                 codes[gone[:, block]] = zero_code(grid)
             cost = (made * made).sum(1)
             tried, better = put_codes(grid, tried, codes), cost < least
-            if power == WEIGHINGS[effort][0]:
+            if power == WEIGHINGS[effort][0] and size == SIZES[0]:
                 data, errors, least = tried, made, cost
             else:
                 data[better], errors[better], least[better] = tried[better], made[better], cost[better]
@@ -224,14 +226,17 @@ def _feed_errors(
     return np.concatenate(encoded, axis=1)
 
 
+def _scaled(grid: Grid, data: np.ndarray, size: float) -> np.ndarray:
+    """Encoded rows with all floats `size` times as large."""
+    for place in layout_of(grid).floats if size != 1 else ():
+        data = put_floats(grid, data, place, get_floats(grid, data, place) * np.float32(size))
+    return data
+
+
 def _feed_errors_on(
-    weights: np.ndarray,
-    grid: Grid,
-    data: np.ndarray,
-    solver: Solver,
-    act_order: bool,
+    weights: np.ndarray, grid: Grid, data: np.ndarray, solver: Solver, act_order: bool,
     gone: np.ndarray | None,
-) -> np.ndarray:
+) -> np.ndarray:  # fmt: skip
     """The sweep on the scales of `data`, encoded rows, in either order of the columns."""
     order, ordered = solver.by_importance if act_order else (slice(None), solver)
     left = weights[:, order].copy()
@@ -264,18 +269,14 @@ def _round_block(
     codes = np.empty((len(scale), scale.shape[1] // size), np.int32)
     corners = [factor[i : i + size, i : i + size].astype(np.float64) for i in range(0, len(factor), size)]
     squares = np.array([np.linalg.inv(corner.T @ corner) for corner in corners], np.float32)
-    sweep_entries(weights.copy(), scale, *book_tables(book), squares, factor, codes, errors)
+    sweep_entries(weights.copy(), scale, tables_of(book), squares, factor, codes, errors)
     return codes, errors
 
 
 def _settle(
-    weights: np.ndarray,
-    grid: Grid,
-    data: np.ndarray,
-    solver: Solver,
-    passes: int,
-    gone: np.ndarray | None,
-) -> tuple[np.ndarray, np.ndarray]:
+    weights: np.ndarray, grid: Grid, data: np.ndarray, solver: Solver, passes: int,
+    gone: np.ndarray | None = None,
+) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
     """Codes and scales of each block moved to where the row's error is least, given the rest; and e H eᵀ of every row."""
     data, errors = data.copy(), weights - grid.dequantize(data)
     pull = product(errors, solver.damped)
@@ -303,15 +304,18 @@ def _settle_block(
 ) -> np.ndarray:
     """One block's encoded rows, with better numbers. pull: e H of its columns, hessian: their block of H."""
     data, pull, hessian = np.ascontiguousarray(data), pull.copy(), np.ascontiguousarray(hessian)
-    data = _move_codes(grid, data, pull, hessian, gone, pairs=False)
+    if book_of(grid):
+        data = _move_codes(grid, data, pull, hessian, False, gone)
+        data = _rescale(grid, data, pull, hessian)
     data = _refit(grid, data, pull, hessian)
     pairs = len(hessian) <= WIDTH and len(hessian) % LANES == 0
-    return _move_codes(grid, data, pull, hessian, gone, pairs)
+    return _move_codes(grid, data, pull, hessian, pairs, gone)
 
 
 def _move_codes(
-    grid: Grid, data: np.ndarray, pull: np.ndarray, hessian: np.ndarray, gone: np.ndarray | None, pairs: bool
-) -> np.ndarray:
+    grid: Grid, data: np.ndarray, pull: np.ndarray, hessian: np.ndarray, pairs: bool,
+    gone: np.ndarray | None = None,
+) -> np.ndarray:  # fmt: skip
     """Codes moved to where they are best, the scales fixed; `pull` follows."""
     (scale, _), codes, book = lattice_of(grid, data), get_codes(grid, data), book_of(grid)
     scale = _without(scale, gone)
@@ -324,7 +328,26 @@ def _move_codes(
             descend(pull, hessian, codes, scale, *_levels(grid), order, ROUNDS)
     else:
         order = np.argsort(-importance.reshape(-1, book.entries.shape[1]).sum(1), kind="stable")
-        descend_entries(pull, hessian, codes, scale, *book_tables(book), order, ROUNDS)
+        descend_entries(pull, hessian, codes, scale, tables_of(book), order, ROUNDS)
+        if pairs:
+            by_place = (
+                hessian.reshape(len(hessian), -1, book.entries.shape[1]).swapaxes(1, 2).reshape(hessian.shape)
+            )
+            pair_entries(pull, hessian, np.ascontiguousarray(by_place), codes, scale, tables_of(book))
+            descend_entries(pull, hessian, codes, scale, tables_of(book), order, ROUNDS)
+    return put_codes(grid, data, codes)
+
+
+def _rescale(grid: Grid, data: np.ndarray, pull: np.ndarray, hessian: np.ndarray) -> np.ndarray:
+    """Scales of sub-blocks moved to the next, and their entries with them; `pull` follows."""
+    (scale, _), codes = lattice_of(grid, data), get_codes(grid, data)
+    for numbers in layout_of(grid).parts:
+        values, (least, most) = get_numbers(grid, data, numbers), numbers.range
+        step = np.where(values < most, 1, -1).astype(np.int32)
+        slope = lattice_of(grid, put_numbers(grid, data, numbers, values + step))[0] - scale
+        slope = slope[:, :: slope.shape[1] // step.shape[1]] * step
+        rescale_entries(pull, hessian, codes, scale, slope, values, least, most, tables_of(book_of(grid)))
+        data = put_numbers(grid, data, numbers, values)
     return put_codes(grid, data, codes)
 
 
@@ -349,8 +372,14 @@ def _refit(grid: Grid, data: np.ndarray, pull: np.ndarray, hessian: np.ndarray) 
 
 
 def _errors(errors: np.ndarray, solver: Solver) -> np.ndarray:
-    """e H eᵀ of every row of errors."""
-    return (product(errors, solver.hessian) * errors).sum(1)
+    """e H eᵀ of every row of errors. H is symmetric: what lies right of the diagonal's blocks counts twice."""
+    total = np.zeros(len(errors), np.float32)
+    for first in range(0, errors.shape[1], WIDTH):
+        block, behind = slice(first, first + WIDTH), slice(first + WIDTH, None)
+        own = product(errors[:, block], solver.hessian[block, first:])
+        total += (own[:, :WIDTH] * errors[:, block]).sum(1)
+        total += 2 * (own[:, WIDTH:] * errors[:, behind]).sum(1)
+    return total
 
 
 def product(a: np.ndarray, b: np.ndarray) -> np.ndarray:
