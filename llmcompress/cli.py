@@ -95,9 +95,7 @@ Onto = Annotated[
         help="Merge it into the weights as they are, 16bit, or rounded to nf4.  [default: as it was trained]",
     ),
 ]
-Calibrate = Annotated[
-    bool, typer.Option("--calibrate", help="Make the importance matrix on the way, from --data.")
-]
+Calibrate = Annotated[bool, typer.Option("--calibrate", help="Make the importance on the way, from --data.")]
 Tokens = Annotated[
     Optional[str], typer.Option("--tokens", metavar="N", help="Tokens to calibrate on.  [default: 256k]")
 ]

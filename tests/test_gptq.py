@@ -159,7 +159,7 @@ def test_no_row_is_worse_than_nearest_and_most_are_far_better(name: str) -> None
     before = errors_of(weights, name, nearest, hessian)
     after = errors_of(weights, name, gptq.quantize(weights, GRIDS[name], solver), hessian)
     assert (after <= before * (1 + 1e-4)).all()
-    assert after.sum() < (0.6 if name == "Q2_K" else 0.55) * before.sum()
+    assert after.sum() < (0.55 if name == "Q2_K" or name in BOOKS else 0.5) * before.sum()
 
 
 @pytest.mark.parametrize("name", [*TYPICAL, "Q4_1", "Q2_K", "IQ3_XXS", "IQ2_S"])
@@ -167,10 +167,11 @@ def test_no_pass_over_the_blocks_raises_the_error(name: str) -> None:
     weights, hessian = weights_of(16, 512, 1), products_of(512, seed=1)
     solver, grid = Solver.of(hessian), GRIDS[name]
     data = gptq._feed_errors(weights, grid, solver, "fast")
-    errors = [errors_of(weights, name, data, solver.damped)]
+    damped, _ = solver.damped_by(gptq.RIDGE_OF_CODEBOOKS if book_of(grid) else gptq.RIDGE)
+    errors = [errors_of(weights, name, data, damped)]
     for passes in (1, 2, 4):
         settled, of_rows = gptq._settle(weights, grid, data, solver, passes)
-        errors.append(errors_of(weights, name, settled, solver.damped))
+        errors.append(errors_of(weights, name, settled, damped))
         np.testing.assert_allclose(of_rows, errors_of(weights, name, settled, hessian), rtol=1e-3)
     for earlier, later in zip(errors, errors[1:]):
         assert (later <= earlier * (1 + 1e-4)).all()

@@ -48,9 +48,9 @@ FLOOR = 1e-6  # of the largest diagonal element
 CHOLESKY_BLOCK = 64
 LEAST_ROWS = 64  # of a product
 # Of the mean of H's diagonal, added to it after the sweep: codes moved freely give up whatever the calibration happens not
-# to show. Chosen on the end of sample-llama-6m's held-out text, which no figure of ours is of: IQ3_XXS has a KL divergence of
-# 0.00472 at 0.03 and of 0.00461 at 0.1.
-RIDGE = 0.1
+# to show. Chosen on the end of sample-llama-6m's held-out text, which no figure of ours is of; KL divergences with 0.03 and
+# 0.1: Q4_K 0.000677, 0.000682; IQ3_XXS 0.00472, 0.00461.
+RIDGE, RIDGE_OF_CODEBOOKS = 0.03, 0.1
 # e H e over that of rounding to nearest, mean of six of sample-llama-6m's matrices, with 1 and 2 passes: Q4_K 0.265, 0.260;
 # Q3_K 0.233, 0.224; Q2_K 0.273, 0.262. The middle weighing is worth 1 % of it, pairs 10 %, the refit 2 (IQ4_XS) to 10 (Q2_K).
 WEIGHINGS = {
@@ -96,13 +96,13 @@ class Solver:
     @functools.cached_property
     def damped(self) -> np.ndarray:
         """H with a little on its diagonal, so that no error becomes large that these inputs happen not to show."""
-        hessian = self.hessian.copy()
-        hessian.flat[:: len(hessian) + 1] += self.ridge
-        return hessian
+        return self.damped_by(RIDGE)[0]
 
-    @functools.cached_property
-    def ridge(self) -> np.float32:
-        return np.float32(RIDGE * self.hessian.diagonal().mean())
+    def damped_by(self, share: float) -> tuple[np.ndarray, np.float32]:
+        """H with that share of its diagonal's mean on it, and how much that is."""
+        hessian, ridge = self.hessian.copy(), np.float32(share * self.hessian.diagonal().mean())
+        hessian.flat[:: len(hessian) + 1] += ridge
+        return hessian, ridge
 
     @functools.cached_property
     def conditional(self) -> np.ndarray:
@@ -279,7 +279,8 @@ def _settle(
 ) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
     """Codes and scales of each block moved to where the row's error is least, given the rest; and e H eᵀ of every row."""
     data, errors = data.copy(), weights - grid.dequantize(data)
-    pull = product(errors, solver.damped)
+    damped, ridge = solver.damped_by(RIDGE_OF_CODEBOOKS if book_of(grid) else RIDGE)
+    pull = product(errors, damped)
     width = WIDTH if WIDTH % grid.block == 0 else grid.block
     for _ in range(passes):
         still = True
@@ -287,16 +288,16 @@ def _settle(
             block = slice(first, first + width)
             held = slice(first // grid.block * grid.block_bytes, block.stop // grid.block * grid.block_bytes)
             out = None if gone is None else gone[:, block]
-            settled = _settle_block(grid, data[:, held], pull[:, block], solver.damped[block, block], out)
+            settled = _settle_block(grid, data[:, held], pull[:, block], damped[block, block], out)
             moved = weights[:, block] - grid.dequantize(settled)
             change = errors[:, block] - moved
             rows = np.flatnonzero(change.any(1))
             if len(rows):
-                pull[rows] += product(-change[rows], solver.damped[block])
+                pull[rows] += product(-change[rows], damped[block])
                 data[:, held], errors[:, block], still = settled, moved, False
         if still:
             break
-    return data, (pull * errors - solver.ridge * errors * errors).sum(1)
+    return data, (pull * errors - ridge * errors * errors).sum(1)
 
 
 def _settle_block(
