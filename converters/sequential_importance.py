@@ -30,7 +30,7 @@ class SequentialImportance(LiveImportance):
         self.fingerprint = hashlib.sha256(f"sequential {self.fingerprint}".encode()).hexdigest()
         self._made: Sequence[Path] = ()
         self._unwritten: Counter[int] = Counter()  # pieces of each stage
-        self._asked = -1  # the last stage of which anyone wanted sums
+        self._asked: set[int] = set()  # stages of which anyone wanted sums
         self._rewritten = self
 
     @contextlib.contextmanager
@@ -43,7 +43,7 @@ class SequentialImportance(LiveImportance):
 
     def weights(self, name, matrices, inputs):  # as LiveImportance's
         with self._changed:
-            self._asked = max(self._asked, self.stage(name))
+            self._asked.add(self.stage(name))
             self._changed.notify_all()
         return super().weights(name, matrices, inputs)
 
@@ -54,7 +54,7 @@ class SequentialImportance(LiveImportance):
 
     def is_wanted(self, block: int) -> bool:
         """As calibrate.Rewritten's: whether a tensor of the block is not written yet."""
-        self._wait(lambda: self._asked >= block or self._is_written(block))
+        self._wait(lambda: block in self._asked or self._is_written(block))
         return not self._is_written(block)
 
     @contextlib.contextmanager
