@@ -140,7 +140,7 @@ class LiveImportance:
             self._kept.let_go({targets[name].parameter for name in over if name in targets})
 
     @contextlib.contextmanager
-    def running(self, made: Sequence[Path], pieces: Mapping[str, int]) -> Iterator[None]:
+    def running(self, made: Sequence[Path] = (), pieces: Mapping[str, int] = {}) -> Iterator[None]:
         thread = threading.Thread(target=self._run, daemon=True)
         thread.start()
         try:

@@ -34,7 +34,7 @@ class SequentialImportance(LiveImportance):
         self._rewritten = self
 
     @contextlib.contextmanager
-    def running(self, made: Sequence[Path], pieces: Mapping[str, int]) -> Iterator[None]:
+    def running(self, made: Sequence[Path] = (), pieces: Mapping[str, int] = {}) -> Iterator[None]:
         self._made = made
         for name, count in pieces.items():
             self._unwritten[self.stage(name)] += count

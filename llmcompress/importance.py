@@ -47,8 +47,10 @@ class Live(Source, Protocol):
     def stage(self, name: str) -> int:
         """When a tensor is best quantized, counted from 0; -1 for one that has not to wait."""
 
-    def running(self, made: Sequence[Path], pieces: Mapping[str, int]) -> contextlib.AbstractContextManager:
-        """Entries appear inside this context. made: the files, or the folder, that tensors are written to; pieces: in how
+    def running(
+        self, made: Sequence[Path] = (), pieces: Mapping[str, int] = {}
+    ) -> contextlib.AbstractContextManager:
+        """Entries appear inside this context. made: the files, or the folder, that tensors are written to, if any; pieces: in how
         many pieces each is."""
 
     def finished(self, name: str) -> None:
@@ -135,7 +137,9 @@ class Importance(Mapping[str, np.ndarray]):
         """What a live source found out while it ran."""
         return tuple(self.live.complaints) if self.live else ()
 
-    def running(self, made: Sequence[Path], pieces: Mapping[str, int]) -> contextlib.AbstractContextManager:
+    def running(
+        self, made: Sequence[Path] = (), pieces: Mapping[str, int] = {}
+    ) -> contextlib.AbstractContextManager:
         """A live source works inside this context; for others it is nothing. Arguments as Live's."""
         return self.live.running(made, pieces) if self.live else contextlib.nullcontext()
 
