@@ -38,7 +38,7 @@ from llmcompress.smaller import Kept, SmallerCheckpoint
 from llmcompress.structure_options import StructureOptions
 from llmcompress.whole_file import whole_file
 
-TOKENS = 2**13  # to measure on, where nothing is asked for
+TOKENS = 2**14  # to measure on, where nothing is asked for
 LOGITS_BYTES = 2**27  # of a batch; those of two models are there at once
 
 
@@ -135,12 +135,13 @@ class _Search:
             while len(self.figures) < self.options.drop:
                 self._take({layer: found[layer] for layer in self._left()})
             return self.dropped
-        whole = layers.divergences(model, batches, (), None, self.progress)[1] if self.dropped else None
+        by, progress = self.options.measure, self.progress
+        whole = layers.losses(model, batches, (), None, progress, by)[1] if self.dropped else None
         while len(self.figures) < self.options.drop:
             if self.dropped:
                 model = self._model(without(self.checkpoint, self.dropped))
             left = self._left()
-            found, whole = layers.divergences(model, batches, range(len(left)), whole, self.progress)
+            found, whole = layers.losses(model, batches, range(len(left)), whole, progress, by)
             self._take(dict(zip(left, found)))
             self._keep()
         return self.dropped
@@ -178,7 +179,7 @@ class _Search:
         return [
             {
                 "layer": round["layer"],
-                self.options.measure: {int(layer): kl for layer, kl in round[self.options.measure].items()},
+                self.options.measure: {int(layer): figure for layer, figure in round[self.options.measure].items()},
             }
             for round in held["rounds"]
         ]

@@ -93,7 +93,7 @@ def prune(
     ] = None,
     by: Annotated[
         Optional[str],
-        typer.Option("--by", metavar="MEASURE", help="Layers: kl, influence. Width: reconstruction, norm. Experts: reap, output, use.  [default: the first]"),
+        typer.Option("--by", metavar="MEASURE", help="Layers: loss, kl, influence. Width: reconstruction, norm. Experts: reap, output, use.  [default: the first]"),
     ] = None,
     effort: Annotated[
         str, typer.Option("--effort", metavar="EFFORT", help="Of letting what stays make up for what goes: fast, the paper's sweep; normal or best.")
@@ -106,7 +106,7 @@ def prune(
     ] = None,
     data: Data = None,
     tokens: Annotated[
-        Optional[str], typer.Option("--tokens", metavar="N", help="Tokens to calibrate on.  [default: 256k; for layers 8k]")
+        Optional[str], typer.Option("--tokens", metavar="N", help="Tokens to calibrate on.  [default: 256k; for layers 16k]")
     ] = None,
     chunk: Chunk = 512,
     seed: Annotated[int, typer.Option("--seed", help="Decides which documents are taken, and their order.")] = 0,

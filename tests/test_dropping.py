@@ -92,36 +92,38 @@ def sample(root: Path) -> Path:
     return root / "examples" / "sample-llama-6m"
 
 
+@pytest.mark.parametrize("by", ["loss", "kl"])
 def test_a_run_measures_what_evaluating_each_smaller_model_would(
-    sample: Path, root: Path, tmp_path: Path
+    by: str, sample: Path, root: Path, tmp_path: Path
 ) -> None:
     """The second round's, which branch off a model that lacks a layer, and are held against the whole one."""
     text = root / "tests" / "data" / "richard-iii.txt"
-    given = StructureOptions("layers", drop=2, data=(str(text),), tokens=1024, chunk=128, dtype="f32")
+    given = StructureOptions("layers", drop=2, data=(str(text),), tokens=1024, chunk=128, dtype="f32", by=by)
     report = drop_layers(sample, tmp_path / "smaller", given)
     first, second = report.went["figures"]
     assert report.went["layers_dropped"] == sorted([first["layer"], second["layer"]])
-    assert second["layer"] == min(second["kl"], key=second["kl"].get)
+    assert second["layer"] == min(second[by], key=second[by].get)
     rows = json.loads((tmp_path / "smaller" / "prune.json").read_text())["tokens_seen"]["count"]
     assert rows == 1024
     for layer in (0, 5):
         drop(sample, tmp_path / f"without-{layer}", *sorted([first["layer"], layer]))
-        found = kl_on_rows(tmp_path / f"without-{layer}", sample, given)
-        assert second["kl"][layer] == pytest.approx(found, rel=1e-3)
+        found = losses_on_rows(tmp_path / f"without-{layer}", sample, given)[by]
+        assert second[by][layer] == pytest.approx(found, rel=1e-3)
 
 
-def kl_on_rows(artefact: Path, reference: Path, given: StructureOptions) -> float:
-    """By whole models, on the very rows."""
+def losses_on_rows(artefact: Path, reference: Path, given: StructureOptions) -> dict[str, float]:
+    """By whole models, on the very rows, in nats a token."""
     checkpoint = Checkpoint.open(reference)
     rows = rows_of(checkpoint, calibration_options(given, 0)).rows
-    models, total, count = (load(reference), load(artefact)), 0.0, 0
+    models, kl, loss, count = (load(reference), load(artefact)), 0.0, 0.0, 0
     with torch.no_grad():
         for row in rows:
             ids = torch.from_numpy(row.astype(np.int64))[None]
             p, q = (model(ids).logits[0, :-1].double().log_softmax(-1) for model in models)
-            total += (p.exp() * (p - q)).sum().item()
+            kl += (p.exp() * (p - q)).sum().item()
+            loss += (p - q).gather(1, ids[0, 1:, None]).sum().item()
             count += len(p)
-    return total / count
+    return {"kl": kl / count, "loss": loss / count}
 
 
 def test_a_killed_search_goes_on(
@@ -136,15 +138,15 @@ def test_a_killed_search_goes_on(
         dtype="f32",
     )
     wanted = drop_layers(sample, tmp_path / "undisturbed", given)
-    runs, measure = [], layers.divergences
+    runs, measure = [], layers.losses
 
-    def killed_in_the_second(model, batches, candidates, whole, progress):
+    def killed_in_the_second(model, batches, candidates, whole, progress, by):
         runs.append(len(candidates))
         if runs == [6, 5]:
             raise KeyboardInterrupt
-        return measure(model, batches, candidates, whole, progress)
+        return measure(model, batches, candidates, whole, progress, by)
 
-    monkeypatch.setattr(layers, "divergences", killed_in_the_second)
+    monkeypatch.setattr(layers, "losses", killed_in_the_second)
     with pytest.raises(KeyboardInterrupt):
         drop_layers(sample, tmp_path / "killed", given)
     assert state_file(tmp_path / "killed").is_file() and not (tmp_path / "killed").exists()
@@ -211,7 +213,7 @@ def test_a_list_of_unknown_meaning_is_refused(sample: Path, tmp_path: Path) -> N
         ),
         ({"method": "layers"}, "say how much goes, by --drop or --layers"),
         ({"method": "layers", "drop": 1, "layers": (1,)}, "say how much goes"),
-        ({"method": "layers", "drop": 1, "by": "luck"}, "--by luck: is none of kl, influence"),
+        ({"method": "layers", "drop": 1, "by": "luck"}, "--by luck: is none of loss, kl, influence"),
         ({"method": "width", "ratio": 1.0}, "--ratio 1: is no share"),
         (
             {"method": "width", "ratio": 0.5, "parts": ("fnn",)},

@@ -1,8 +1,8 @@
-"""Which decoder layers a model misses least: by block influence, or by the divergence from the whole model without them.
+"""Which decoder layers a model misses least: by block influence, or by what the model loses without them.
 
 Block influence (ShortGPT, arXiv:2403.03853) is one minus the mean cosine of what goes into a block and what comes out: low
-where a block hardly turns the hidden states. It takes one run. The divergence is what is wanted itself: the mean KL of
-the next token's distribution, measured for every layer left out. One run measures all: the model's own batches go through the blocks,
+where a block hardly turns the hidden states. It takes one run. What is lost is what is wanted itself, measured for every layer left out: the nats for
+each token of the text that is read, or the mean KL of the next token's distribution from the whole model's. One run measures all: the model's own batches go through the blocks,
 and in front of every block copies of them branch off that leave it out and take all that follow. So a block's weights
 are read once, and what lies before a candidate is computed once. Dropping several is a greedy search, a run for each.
 """
@@ -17,6 +17,8 @@ from llmcompress.blocks import Lockstep
 from llmcompress.divergence import Divergence
 from llmcompress.evaluate import scored
 from llmcompress.progress import Progress
+
+LOSSES = {"loss": "ln_perplexity_ratio", "kl": "mean_kl"}  # figures of Divergence
 
 
 @torch.no_grad()
@@ -40,11 +42,11 @@ def influence(model: Lockstep, batches: Sequence[torch.Tensor], progress: Progre
 
 
 @torch.no_grad()
-def divergences(
+def losses(
     model: Lockstep, batches: Sequence[torch.Tensor], candidates: Sequence[int], whole: Sequence[torch.Tensor] | None,
-    progress: Progress,
+    progress: Progress, measure: str = "loss",
 ) -> tuple[list[float], list[torch.Tensor]]:  # fmt: skip
-    """The mean KL from the whole model, in nats, when each of the `candidates`, rising numbers of blocks, is left out.
+    """What is lost by `measure`, one of LOSSES, in nats a token, when each of the `candidates`, rising numbers of blocks, is left out.
 
     batches: int64 (rows, tokens), a token or more of each predicted. whole: what the whole model's last block gave for them, (rows,
     tokens, hidden); None where `model` is whole. Returns that, too.
@@ -55,7 +57,7 @@ def divergences(
     }  # copies of the whole model come before
     tokens = sum(batch.numel() for batch in batches)
     progress.start(
-        "divergence",
+        measure,
         tokens * sum(1 + _behind(candidates, block) for block in range(len(model.blocks))),
         "tokens x blocks",
     )
@@ -70,11 +72,13 @@ def divergences(
     whole = [model.hidden(batch) for batch in range(runs)] if whole is None else list(whole)
     for batch, hidden in enumerate(whole):
         model.branch(len(model.blocks) - 1, runs + batch, hidden)
-    return _compared(model, batches, list(first.values())), whole
+    return _compared(model, batches, list(first.values()), LOSSES[measure]), whole
 
 
-def _compared(model: Lockstep, batches: Sequence[torch.Tensor], firsts: Sequence[int]) -> list[float]:
-    """Mean KL of the copies that begin at `firsts`, from those behind the batches themselves."""
+def _compared(
+    model: Lockstep, batches: Sequence[torch.Tensor], firsts: Sequence[int], figure: str
+) -> list[float]:
+    """A figure of Divergence of the copies that begin at `firsts`, beside those behind the batches themselves."""
     found = [Divergence() for _ in firsts]
     order = [first + batch for batch in range(len(batches)) for first in (len(batches), *firsts)]
     logits = model.finish(order)
@@ -88,7 +92,7 @@ def _compared(model: Lockstep, batches: Sequence[torch.Tensor], firsts: Sequence
                 divergence.add(reference[row, at], without[row, at], targets)
             del without
         del reference
-    return [divergence.summary()["mean_kl"].value for divergence in found]
+    return [divergence.summary()[figure].value for divergence in found]
 
 
 def _behind(candidates: Sequence[int], block: int) -> int:
