@@ -179,7 +179,9 @@ class _Search:
         return [
             {
                 "layer": round["layer"],
-                self.options.measure: {int(layer): figure for layer, figure in round[self.options.measure].items()},
+                self.options.measure: {
+                    int(layer): figure for layer, figure in round[self.options.measure].items()
+                },
             }
             for round in held["rounds"]
         ]

@@ -92,7 +92,9 @@ class LinearInputs(TorchFunctionMode):
 
     def add(self, name: str, inputs: torch.Tensor, matrices: int = 1, matrix: int = 0) -> None:
         """Add up `inputs` (..., inputs) for one matrix of the parameter `name`."""
-        with torch._C.DisableTorchFunction():  # other modes have no business here, and took a third of the time
+        with (
+            torch._C.DisableTorchFunction()
+        ):  # other modes have no business here, and took a third of the time
             tokens, squares, products, left_out = self._of(inputs)
             if left_out:
                 self.nonfinite.append((name, self.batch, left_out))

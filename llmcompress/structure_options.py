@@ -9,7 +9,11 @@ from typing import Any
 from llmcompress.errors import RecipeError, nearest
 
 STRUCTURES = ("layers", "width", "experts")
-BY = {"layers": ("loss", "kl", "influence"), "width": ("reconstruction", "norm"), "experts": ("reap", "output", "use")}
+BY = {
+    "layers": ("loss", "kl", "influence"),
+    "width": ("reconstruction", "norm"),
+    "experts": ("reap", "output", "use"),
+}
 PARTS = ("ffn", "attention")
 RUN_ONLY = {"device", "hidden_ram", "split_max_size", "threads"}
 

@@ -20,7 +20,9 @@ from llmcompress.tensor_info import TensorInfo
 WEIGHTS = ("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "I8")
 SUFFIXES = ("_scale_inv", "_scale")
 OF_ACTIVATIONS = (".input_scale", ".activation_scale", "_activation_scale", ".k_scale", ".v_scale", ".k_proj.output_scale", ".v_proj.output_scale")  # fmt: skip
-READS = "scales of blocks, rows or tensors, as floats or powers of two; stacked experts"  # in the README's table
+READS = (
+    "scales of blocks, rows or tensors, as floats or powers of two; stacked experts"  # in the README's table
+)
 
 
 def weights(stored: Stored) -> Iterator[DecodedTensor]:
