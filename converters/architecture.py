@@ -264,9 +264,9 @@ def pieces_of(
     found = []
     for part, target in enumerate(rule.targets if rule else ()):
         name = target.replace("{i}", layer) + ("" if rule.whole else suffix or ".weight")
-        shape, pieces, _ = rule.cut(config, tensor, part, len(rule.targets))
-        height, start = shape[-2] if len(shape) > 2 else sum(piece.rows for piece in pieces), 0
-        for piece in pieces:
+        cut = rule.cut(config, tensor, part, len(rule.targets))
+        height, start = cut.shape[-2] if len(cut.shape) > 2 else sum(piece.rows for piece in cut.pieces), 0
+        for piece in cut.pieces:
             found.append(((name, start // height if expert is None else expert), piece))
             start += piece.rows
     return found

@@ -93,7 +93,7 @@ def prune(
     ] = None,
     by: Annotated[
         Optional[str],
-        typer.Option("--by", metavar="MEASURE", help="Layers: loss, kl, influence. Width: reconstruction, norm. Experts: reap, output, use.  [default: the first]"),
+        typer.Option("--by", metavar="MEASURE", help="Layers: kl, loss, influence. Width: reconstruction, norm. Experts: reap, output, use.  [default: the first]"),
     ] = None,
     effort: Annotated[
         str, typer.Option("--effort", metavar="EFFORT", help="Of letting what stays make up for what goes: fast, the paper's sweep; normal or best.")

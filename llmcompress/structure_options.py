@@ -10,7 +10,7 @@ from llmcompress.errors import RecipeError, nearest
 
 STRUCTURES = ("layers", "width", "experts")
 BY = {
-    "layers": ("loss", "kl", "influence"),
+    "layers": ("kl", "loss", "influence"),
     "width": ("reconstruction", "norm"),
     "experts": ("reap", "output", "use"),
 }

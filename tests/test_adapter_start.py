@@ -140,9 +140,11 @@ def test_a_rank_above_the_matrix_s_is_refused(tiny: Callable[[str], Path]) -> No
         started(tiny("llama"), "16bit", TuningOptions(init="pissa", rank=200))
 
 
-def test_fused_experts_are_named(tiny: Callable[[str], Path]) -> None:
-    assert not unadapted(adapted(tiny("llama"), "16bit", TuningOptions()))
-    assert any("experts" in name for name in unadapted(adapted(tiny("qwen3moe"), "16bit", TuningOptions())))
+def test_what_has_no_adapter_is_named(tiny: Callable[[str], Path]) -> None:
+    for name in ("llama", "qwen3moe"):
+        assert not unadapted(adapted(tiny(name), "16bit", TuningOptions()))
+    notes = unadapted(adapted(tiny("qwen3moe"), "16bit", TuningOptions(targets=("q_proj",))))
+    assert any("experts" in note for note in notes) and any("k_proj" in note for note in notes)
 
 
 def test_targets_and_modules_trained_whole(tiny: Callable[[str], Path]) -> None:

@@ -213,7 +213,7 @@ def test_a_list_of_unknown_meaning_is_refused(sample: Path, tmp_path: Path) -> N
         ),
         ({"method": "layers"}, "say how much goes, by --drop or --layers"),
         ({"method": "layers", "drop": 1, "layers": (1,)}, "say how much goes"),
-        ({"method": "layers", "drop": 1, "by": "luck"}, "--by luck: is none of loss, kl, influence"),
+        ({"method": "layers", "drop": 1, "by": "luck"}, "--by luck: is none of kl, loss, influence"),
         ({"method": "width", "ratio": 1.0}, "--ratio 1: is no share"),
         (
             {"method": "width", "ratio": 0.5, "parts": ("fnn",)},

@@ -55,7 +55,7 @@ def hessian_of(model: Path, folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", ["llama-tied", "gpt2", "qwen3moe"])
+@pytest.mark.parametrize("name", ["llama-tied", "gpt2"])
 def test_the_second_block_is_calibrated_on_what_the_quantized_first_puts_out(
     name: str, tiny: Tiny, tmp_path: Path
 ) -> None:
@@ -72,10 +72,9 @@ def test_the_second_block_is_calibrated_on_what_the_quantized_first_puts_out(
     first = [key for key in made if key.startswith("blk.0.")]
     second = [key for key in made if key.startswith("blk.1.")]
     assert first and all(np.array_equal(made[key], plain[key]) for key in first)
-    for key in second:  # what a few tokens of an expert add up to depends on which were multiplied together
-        assert (made[key] != expected[key]).mean() <= (0.01 if name == "qwen3moe" else 0), key
+    assert all(np.array_equal(made[key], expected[key]) for key in second)
     changed = [key for key in second if not np.array_equal(made[key], plain[key])]
-    assert len(changed) >= 4 and "blk.1.ffn_down.weight" in changed or name == "qwen3moe"
+    assert len(changed) >= 4 and "blk.1.ffn_down.weight" in changed
 
 
 @pytest.mark.parametrize("options", [{}, {"split_max_size": "300kB"}], ids=str)

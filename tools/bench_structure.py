@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
 MODELS = [ROOT / "examples" / "sample-llama-6m", SHARED / "models" / "sample-qwen3-7m"]
 CORPUS = SHARED / "corpora" / "sample-heldout"
-TOKENS, HELD_OUT = 2**14, 2**14
+TOKENS, HELD_OUT = 2**14, 2**16  # all there is
 RANDOM = 3  # layers, by a fixed seed
 
 
@@ -66,18 +66,18 @@ HEAD = "| model | chosen by | {} | gone | perplexity | s |\n|---|---|---|---:|--
 def layers(subject: Subject) -> None:
     """Print the rows of dropped layers, and the bar."""
     print(HEAD.format("layers that went"))
-    chosen = subject.row("loss", drop_layers, "layers", drop=1)
-    for by in ("kl", "influence"):
+    chosen = subject.row("kl", drop_layers, "layers", drop=1)
+    for by in ("loss", "influence"):
         subject.row(by, drop_layers, "layers", drop=1, by=by)
     count = layer_count(Checkpoint.open(subject.model))
     single = {layer: subject.row("", drop_layers, "layers", layers=(layer,)) for layer in range(count)}
-    for by in ("loss", "kl", "influence"):
+    for by in ("kl", "loss", "influence"):
         subject.row(by, drop_layers, "layers", drop=2, by=by)
     drawn = random.Random(0).sample(range(count), RANDOM)
     best = min(single[layer] for layer in drawn)
     verdict = "met" if chosen <= best else "MISSED"
     print(
-        f"\n{subject.model.name}: by loss {chosen:.2f}, best of the layers {sorted(drawn)} drawn at random {best:.2f}: {verdict}\n"
+        f"\n{subject.model.name}: by kl {chosen:.2f}, best of the layers {sorted(drawn)} drawn at random {best:.2f}: {verdict}\n"
     )
 
 
