@@ -61,9 +61,11 @@ def without_layers(architecture: Architecture, values: Mapping[str, Any], whole:
 
 
 def _without(values: Mapping[str, Any], whole: Mapping[str, Any], dropped: Sequence[int]) -> dict[str, Any]:
-    count = next((whole[name] for name in COUNTS if whole.get(name)), None) or next(
-        values[name] for name in COUNTS if values.get(name)
-    )
+    count = next((said[name] for said in (whole, values) for name in COUNTS if said.get(name)), None)
+    if count is None:
+        raise PlanError(
+            "config.json: nothing says how many layers there are; they cannot be left out one by one"
+        )
     kept = [layer for layer in range(count) if layer not in set(dropped)]
     for name, why in REFUSED.items():
         if whole.get(name) or values.get(name):

@@ -57,6 +57,8 @@ def drop(model: Path, out: Path, *dropped: int):
 REFUSED = {
     "gemma3n": "has a share for each layer",
     "gemma4": "num_kv_shared_layers is 2: its last layers take keys and values of earlier ones",
+    **dict.fromkeys(("nemotron-h", "nemotron-h-moe", "nemotron-h-latent"), "nothing says how many layers"),
+    **dict.fromkeys(("falcon-h1", "falcon-h1-norm"), "mlp_multipliers has 2 values"),
     "jamba": "layer 1 would have .* where it has .* config.json of this model cannot say",
 }
 LLAMA_CPP_COUNTS = ("gemma2", "gemma3")  # which layers slide: no key says so

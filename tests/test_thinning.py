@@ -33,7 +33,7 @@ def never_chosen(folder: Path, ids: list[int], dropped: dict[int, list[int]], mo
     experts = max(model.config.to_dict().get(name) or 0 for name in ("num_experts", "num_local_experts"))
     routers = {}
     for name, parameter in model.named_parameters():
-        if parameter.ndim == 2 and len(parameter) == experts:
+        if parameter.ndim == 2 and len(parameter) == experts and "experts" not in name:
             routers[parameter.data_ptr()] = dropped[int(name.split(".")[2])]
     assert len(routers) == len(dropped)
     linear = torch.nn.functional.linear
