@@ -144,7 +144,9 @@ def test_it_is_the_gguf_of_the_model_without_them(
     with Model(tmp_path / "found.gguf") as ours, Model(wanted) as theirs:
         logits = ours.logits(ids)
         assert np.array_equal(logits, theirs.logits(ids))
-    assert_same_logits(logits, expected(smaller, ids), 2e-3)  # gemma4 is 1.04e-3 of the range off
+    assert_same_logits(
+        logits, expected(smaller, ids), 2e-3 if name == "gemma4" else 1e-3
+    )  # there it is 1.04e-3
 
 
 @pytest.fixture(scope="module")
