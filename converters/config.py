@@ -8,14 +8,16 @@ from typing import Any
 
 from llmcompress.errors import PlanError, shown
 
+KEPT_MTP = "llmcompress_kept_mtp_layers"  # mtp.py's own: how many of num_hidden_layers predict further tokens
 _COUNTS = (
     "hidden_size", "n_embd", "d_model", "num_hidden_layers", "n_layer", "n_layers", "num_attention_heads", "n_head", "n_heads", "num_key_value_heads",
     "head_dim", "n_inner", "vocab_size", "max_position_embeddings", "n_positions", "n_ctx",
     "original_max_position_embeddings", "num_experts", "num_experts_per_tok",
+    "index_n_heads", "index_head_dim", "index_topk", "index_topk_freq",
 )  # fmt: skip
 _SIZES = (
     "sliding_window", "sliding_window_pattern", "_sliding_window_pattern", "num_nextn_predict_layers", "first_k_dense_replace",
-    "shared_intermediate_size", "n_shared_experts", "num_shared_experts", "num_local_experts",
+    "shared_intermediate_size", "n_shared_experts", "num_shared_experts", "num_local_experts", "index_skip_topk_offset", KEPT_MTP,
 )  # fmt: skip
 _COUNTS_OR_LISTS = ("intermediate_size", "moe_intermediate_size")
 _NUMBERS = (
@@ -23,7 +25,7 @@ _NUMBERS = (
     "partial_rotary_factor", "query_pre_attn_scalar", "final_logit_softcapping", "attn_logit_softcapping",
 )  # fmt: skip
 _OBJECTS = ("rope_parameters", "rope_scaling")
-_LISTS = ("architectures", "layer_types")
+_LISTS = ("architectures", "layer_types", "mlp_layer_types", "indexer_types")
 _FLAGS = ("tie_word_embeddings",)
 
 
@@ -80,6 +82,11 @@ class Config:
     def mtp_layers(self) -> int:
         """Layers behind the last that predict further tokens."""
         return self.get("num_nextn_predict_layers", "num_mtp_layers", default=0)
+
+    @property
+    def kept_mtp_layers(self) -> int:
+        """How many of the layers are such, where they are kept."""
+        return self.get(KEPT_MTP, default=0)
 
     @property
     def head_dim(self) -> int:

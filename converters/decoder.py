@@ -104,9 +104,13 @@ def routing_keys(config: Config, gating: int) -> Metadata:
 
 
 def leading_dense(config: Config) -> dict[str, range]:
-    """The first layers have one MLP, all others experts."""
-    layers = config.need("num_hidden_layers")
+    """The first layers have one MLP, all others experts: by `mlp_layer_types`, or by how many are dense."""
+    layers, kinds = config.need("num_hidden_layers"), config.get("mlp_layer_types")
     first = min(config.get("first_k_dense_replace", default=0), layers)
+    if kinds is not None:
+        first = kinds.count("dense")
+        if kinds[:first] != ["dense"] * first:
+            raise PlanError("config.json: mlp_layer_types; in llama.cpp the first layers are dense, no others")
     return {"dense": range(first), "experts": range(first, layers)}
 
 

@@ -27,7 +27,8 @@ from llmcompress.errors import PlanError
 from llmcompress.gguf.value import Metadata, f32, u32
 from llmcompress.step import Piece
 
-LITE_LAYERS = (26, 27)  # llama.cpp looks for low-rank queries in models of any other number of layers
+LITE_LAYERS = (26, 27)  # llama.cpp looks for low-rank queries in models of any other number of layers,
+KANANA = (48, 128256)  # but for those with so many layers and tokens
 
 
 def latent(config: Config, tensor: TensorInfo, part: int, parts: int) -> Part:
@@ -128,20 +129,33 @@ def _layers(config: Config) -> dict[str, range]:
 
 
 def _check(config: Config) -> list[str]:
-    layers, rope = config.need("num_hidden_layers"), rope_parameters(config)
-    if (config.get("q_lora_rank") is None) != (layers in LITE_LAYERS):
+    layers, tokens, low = config.need("num_hidden_layers"), config.get("vocab_size"), config.get("q_lora_rank")
+    layers -= config.kept_mtp_layers
+    if (low is None) != (layers in LITE_LAYERS or (layers, tokens) == KANANA):
         raise PlanError(
-            f"config.json: q_lora_rank is {config.get('q_lora_rank')} with {layers} layers; llama.cpp's deepseek2 has plain "
+            f"config.json: q_lora_rank is {low} with {layers} layers; llama.cpp's deepseek2 has plain "
             f"queries in models of {' or '.join(map(str, LITE_LAYERS))} layers and low-rank ones in all others"
         )
+    if low is None and config.kept_mtp_layers:
+        raise PlanError("--mtp keep: llama.cpp drafts with low-rank queries alone, these are plain; leave it out")
+    return mla_notes(config)
+
+
+def mla_notes(config: Config) -> list[str]:
+    """What llama.cpp computes otherwise in all models of this kind; raises PlanError for what it cannot."""
+    rope = rope_parameters(config)
     if rope.get("mscale_all_dim") != rope.get("mscale") and rope["rope_type"] == "yarn":
         raise PlanError(
             f"config.json: yarn's mscale is {rope.get('mscale')}, mscale_all_dim is {rope.get('mscale_all_dim')}; llama.cpp "
             "computes as if they were the same"
         )
+    if rope.get("partial_rotary_factor", 1) != 1:
+        raise PlanError(
+            f"config.json: partial_rotary_factor is {rope['partial_rotary_factor']}; llama.cpp turns all qk_rope_head_dim"
+        )
     if not config.get("n_shared_experts"):
         raise PlanError(
-            "config.json: n_shared_experts is none; llama.cpp's deepseek2 has some in every layer"
+            "config.json: n_shared_experts is none; llama.cpp has some in every layer with experts"
         )
     notes = [
         f"yarn's {name} is {value:g}: llama.cpp turns the heads as if it were {BETAS[name]}"
@@ -187,4 +201,14 @@ DEEPSEEK3 = replace(
         "qk_nope_head_dim": 128, "v_head_dim": 128,
     },
     assumes={"hidden_act": ("silu",), "attention_bias": (False,), "moe_layer_freq": (1,), "rope_interleave": (True,)},
+)  # fmt: skip
+
+GLM4_LITE = replace(
+    DEEPSEEK3,
+    classes=("Glm4MoeLiteForCausalLM",),
+    defaults=DEEPSEEK3.defaults | {
+        "rms_norm_eps": 1e-5, "max_position_embeddings": 202752, "first_k_dense_replace": 1, "n_routed_experts": 64,
+        "num_experts_per_tok": 4, "moe_intermediate_size": 1536, "routed_scaling_factor": 1.8, "n_group": 1, "topk_group": 1,
+        "q_lora_rank": 768, "qk_nope_head_dim": 192, "v_head_dim": 256,
+    },
 )  # fmt: skip

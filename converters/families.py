@@ -10,7 +10,8 @@ from llmcompress.converters.bitnet import BITNET
 from llmcompress.converters.bloom import BLOOM
 from llmcompress.converters.cohere import COHERE, COHERE2
 from llmcompress.converters.config import Config
-from llmcompress.converters.deepseek import DEEPSEEK2, DEEPSEEK3
+from llmcompress.converters.deepseek import DEEPSEEK2, DEEPSEEK3, GLM4_LITE
+from llmcompress.converters.deepseek32 import DEEPSEEK32, GLM_DSA
 from llmcompress.converters.ernie import ERNIE4_5, ERNIE4_5_MOE
 from llmcompress.converters.exaone import EXAONE4
 from llmcompress.converters.falcon import FALCON
@@ -131,6 +132,9 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     BITNET,
     DEEPSEEK2,
     DEEPSEEK3,
+    GLM4_LITE,
+    DEEPSEEK32,
+    GLM_DSA,
     GPT_OSS,
     LFM2,
     LFM2_MOE,

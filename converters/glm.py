@@ -67,7 +67,7 @@ GLM4_MOE = Architecture(
         "layers.{i}.post_attention_layernorm": to("blk.{i}.post_attention_norm"),  # behind attention, before the MLP
     },
     keys=lambda config: partly_rotary_keys(config) | expert_keys(config) | routing_keys(config, SIGMOID) | {
-        "leading_dense_block_count": u32(config.need("first_k_dense_replace")),
+        "leading_dense_block_count": u32(len(leading_dense(config)["dense"])),
         "expert_shared_count": u32(config.need("n_shared_experts")),
     },
     biases=QKV_BIASES,

@@ -18,7 +18,7 @@ from llmcompress.gguf.value import Metadata, Value, ValueType, array, u32
 OF_LAYERS = {
     "attention.head_count", "attention.head_count_kv", "attention.sliding_window_pattern", "attention.recurrent_layers",
     "feed_forward_length", "expert_feed_forward_length", "expert_used_count", "swiglu_clamp_exp", "swiglu_clamp_shexp",
-    "xielu.alpha_n", "xielu.alpha_p", "xielu.beta", "xielu.eps", "activation_sparsity_scale",
+    "attention.indexer.types", "xielu.alpha_n", "xielu.alpha_p", "xielu.beta", "xielu.eps", "activation_sparsity_scale",
 }  # fmt: skip
 NOT_OF_LAYERS = {"rope.dimension_sections", "classifier.output_labels"}
 SLIDES, RECURS = "attention.sliding_window_pattern", "attention.recurrent_layers"

@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from llmcompress.converters.architecture import Architecture, Table, only, to
+from llmcompress.converters.config import KEPT_MTP
 from llmcompress.converters.operations import plus_one
 
 from llmcompress.checkpoint import Checkpoint
@@ -31,7 +32,10 @@ _QWEN = {
     "norm": "shared_head.norm",
 }
 # GGUF architecture: whether its norms are kept as their distance from one.
-KEPT = {"glm4moe": False, "qwen3next": True, "qwen35": True, "qwen35moe": True}
+KEPT = {
+    **dict.fromkeys(("glm4moe", "deepseek2", "deepseek32", "glm-dsa"), False),
+    **dict.fromkeys(("qwen3next", "qwen35", "qwen35moe"), True),
+}
 
 
 def keep_mtp(architecture: Architecture, checkpoint: Checkpoint) -> Architecture:
@@ -89,7 +93,7 @@ def _with_layers(
 ) -> dict[str, Any]:
     """config.json with the layers among its own; of the kinds of attention they have the full one."""
     part = config[text] if text and isinstance(config.get(text), dict) else config
-    changed = {**part, "num_hidden_layers": count + more, "num_nextn_predict_layers": 0}
+    changed = {**part, "num_hidden_layers": count + more, "num_nextn_predict_layers": 0, KEPT_MTP: more}
     if full is not None:
         types = ["full_attention" if layer in full else "linear_attention" for layer in range(count)]
         changed["layer_types"] = types + ["full_attention"] * more

@@ -47,6 +47,7 @@ class ModelParams(ctypes.Structure):
         ("use_extra_bufts", c_bool),
         ("no_host", c_bool),
         ("no_alloc", c_bool),
+        ("load_mtp", c_bool),
         ("spare", SPARE),
     ]
     EXPECTED = {
@@ -58,6 +59,7 @@ class ModelParams(ctypes.Structure):
         "check_tensors": False,
         "use_extra_bufts": True,
         "no_host": False,
+        "load_mtp": False,
     }
 
 
@@ -117,16 +119,16 @@ def checked_defaults(params: ctypes.Structure) -> ctypes.Structure:
 
 
 class LlamaTokenizer:
-    """A GGUF file opened by llama.cpp; its tokenizer alone by default.
+    """A GGUF file opened by llama.cpp; its tokenizer alone by default. `load_mtp` also loads layers that draft.
 
     Raises GGUFError with llama.cpp's own log where it refuses the file.
     """
 
-    def __init__(self, path: str | os.PathLike, vocab_only: bool = True) -> None:
+    def __init__(self, path: str | os.PathLike, vocab_only: bool = True, load_mtp: bool = False) -> None:
         self.lib = library()
         log_lines.clear()
         params = checked_defaults(self.lib.llama_model_default_params())
-        params.vocab_only = vocab_only
+        params.vocab_only, params.load_mtp = vocab_only, load_mtp
         self._model = self.lib.llama_model_load_from_file(os.fsencode(path), params)
         if not self._model:
             raise GGUFError(f"llama.cpp does not load {path}:\n{''.join(log_lines)}")

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 from llama_cpp import Model
+from llmcompress.converters.config import KEPT_MTP
+from llmcompress.converters.deepseek import DEEPSEEK3
 from llmcompress.converters.to_gguf import plan_gguf
 from safetensors.torch import load_file, save_file
 from tiny_families import MORE
@@ -15,8 +17,10 @@ from tiny_models import build
 
 import llmcompress
 from llmcompress.errors import PlanError, RecipeError
+from llmcompress.llama_tokenizer import LlamaTokenizer
 from llmcompress.recipe import Recipe
 
+KINDS = {"deepseek3": "deepseek2"}  # general.architecture, where it is another name
 IDS = [1, 5, 300, 17, 250, 99, 4, 77]
 HIDDEN = 256
 
@@ -41,12 +45,13 @@ def add_layer(folder: Path, prefix: str, like: str, extra: dict[str, str]) -> di
     return own
 
 
-def glm(root: Path, folder: Path) -> tuple[Path, dict]:
-    made = tiny("glm4moe", root, folder)
+def glm(name: str, root: Path, folder: Path) -> tuple[Path, dict]:
+    """DeepSeek's names, which GLM has, too."""
+    made = tiny(name, root, folder)
     names = {"eh_proj": "eh_proj", "enorm": "enorm", "hnorm": "hnorm", "shared_head_norm": "shared_head.norm"}
-    start = "model.layers.2."
-    own = add_layer(made, start, "model.layers.1.", {part: start + name for part, name in names.items()})
     config = json.loads((made / "config.json").read_text())
+    start, like = (f"model.layers.{config['num_hidden_layers'] - back}." for back in (0, 1))
+    own = add_layer(made, start, like, {part: start + name for part, name in names.items()})
     (made / "config.json").write_text(json.dumps(config | {"num_nextn_predict_layers": 1}))
     return made, own
 
@@ -64,16 +69,15 @@ def qwen(name: str, root: Path, folder: Path) -> tuple[Path, dict]:
     return made, add_layer(made, "mtp.layers.0.", like, {part: f"mtp.{name}" for part, name in names.items()})
 
 
-MADE = {"glm4moe": glm} | {
-    name: (lambda root, folder, name=name: qwen(name, root, folder))
-    for name in ("qwen3next", "qwen35", "qwen35moe")
-}
+MADE = dict.fromkeys(("glm4moe", "deepseek3", "glm-dsa"), glm) | dict.fromkeys(
+    ("qwen3next", "qwen35", "qwen35moe"), qwen
+)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MADE)
 def test_kept_layers_are_there_and_change_nothing_before_them(name: str, root: Path, tmp_path: Path) -> None:
-    folder, own = MADE[name](root, tmp_path)
+    folder, own = MADE[name](name, root, tmp_path)
     layers = json.loads((folder / "config.json").read_text())["num_hidden_layers"]
     dropped, kept = (
         plan_gguf(folder, tmp_path / "x.gguf", Recipe(types=("F32",), mtp=mtp)) for mtp in ("drop", "keep")
@@ -98,16 +102,17 @@ def test_kept_layers_are_there_and_change_nothing_before_them(name: str, root: P
         (path,) = llmcompress.quantize(folder, tmp_path / f"{mtp}.gguf", type="F32", mtp=mtp).paths
         with Model(path) as model:
             found.append(model.logits(IDS))
-            count, further = (model.meta(f"{name}.{key}") for key in ("block_count", "nextn_predict_layers"))
+            count, further = (model.meta(f"{KINDS.get(name, name)}.{key}") for key in ("block_count", "nextn_predict_layers"))
         assert (int(count), int(further or 0)) == (layers + (mtp == "keep"), int(mtp == "keep"))
     assert np.array_equal(*found)
+    LlamaTokenizer(tmp_path / "keep.gguf", vocab_only=False, load_mtp=True).close()  # each of its tensors, as drafting does
     reader = gguf.GGUFReader(tmp_path / "keep.gguf")
     written = {tensor.name: np.array(tensor.data) for tensor in reader.tensors}
     norm = next(
         value for key, value in own.items() if key.endswith(("hnorm.weight", "pre_fc_norm_hidden.weight"))
     )
     assert np.array_equal(
-        written[f"blk.{layers}.nextn.hnorm.weight"], norm.numpy() + (0 if name == "glm4moe" else 1)
+        written[f"blk.{layers}.nextn.hnorm.weight"], norm.numpy() + name.startswith("qwen")
     )
 
 
@@ -116,6 +121,13 @@ def test_what_cannot_be_kept_is_refused(root: Path, tmp_path: Path, tiny) -> Non
         plan_gguf(tiny("llama"), tmp_path / "x.gguf", Recipe(mtp="keep"))
     with pytest.raises(RecipeError, match="mtp: 'kep' is none of drop, keep.*did you mean 'keep'"):
         Recipe(mtp="kep")
+
+
+def test_plain_queries_draft_nothing() -> None:
+    values = {"num_hidden_layers": 27, "q_lora_rank": None, "num_attention_heads": 4, "hidden_size": 256, "vocab_size": 9}
+    assert DEEPSEEK3.check_config(DEEPSEEK3.config(values)) == []
+    with pytest.raises(PlanError, match="--mtp keep: llama.cpp drafts with low-rank queries alone"):
+        DEEPSEEK3.check_config(DEEPSEEK3.config(values | {KEPT_MTP: 1}))
 
 
 def test_a_checkpoint_without_such_layers_is_refused(root: Path, tmp_path: Path) -> None:

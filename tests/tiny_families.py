@@ -41,6 +41,9 @@ MLA = {
     "qk_rope_head_dim": 16,
     "v_head_dim": 32,
 }
+WITHOUT_COUNT = {key: value for key, value in ROUTED.items() if key != "first_k_dense_replace"}
+# with few heads most of an indexer's scores are zero, and which of those it takes is chance
+INDEXER = {"index_n_heads": 32, "index_head_dim": 64, "index_topk": 64}
 LINEAR = {
     "head_dim": 64, "linear_key_head_dim": 64, "linear_value_head_dim": 64, "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
@@ -138,6 +141,12 @@ MORE: dict[str, tuple[Tiny, str]] = {
                            n_group=2, topk_group=1),
         "deepseek3-yarn": model("DeepseekV3ForCausalLM", "DeepseekV3Config", **SIZE | {"num_key_value_heads": 4}, **ROUTED, **MLA, n_group=1, topk_group=1,
                                 rope_parameters=YARN | {"mscale": 1.0, "mscale_all_dim": 1.0}),
+        "glm4-lite": model("Glm4MoeLiteForCausalLM", "Glm4MoeLiteConfig", **SIZE | {"num_key_value_heads": 4}, **WITHOUT_COUNT, **MLA,
+                           mlp_layer_types=["dense", "sparse"]),
+        "deepseek32": model("DeepseekV32ForCausalLM", "DeepseekV32Config", **SIZE | {"num_key_value_heads": 4}, **ROUTED, **MLA, **INDEXER,
+                            n_group=1, topk_group=1, rope_parameters=YARN | {"mscale": 1.0, "mscale_all_dim": 1.0}),
+        "glm-dsa": model("GlmMoeDsaForCausalLM", "GlmMoeDsaConfig", **SIZE | {"num_hidden_layers": 3, "num_key_value_heads": 4}, **ROUTED, **MLA,
+                         **INDEXER, indexer_types=["full", "shared", "full"]),
         "qwen3next": model("Qwen3NextForCausalLM", "Qwen3NextConfig", **FOUR, **EXPERTS, **LINEAR, moe_intermediate_size=256,
                            shared_expert_intermediate_size=256, norm_topk_prob=True),
         "qwen35": model("Qwen3_5ForCausalLM", "Qwen3_5TextConfig", **FOUR, **LINEAR),
