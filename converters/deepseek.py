@@ -129,7 +129,11 @@ def _layers(config: Config) -> dict[str, range]:
 
 
 def _check(config: Config) -> list[str]:
-    layers, tokens, low = config.need("num_hidden_layers"), config.get("vocab_size"), config.get("q_lora_rank")
+    layers, tokens, low = (
+        config.need("num_hidden_layers"),
+        config.get("vocab_size"),
+        config.get("q_lora_rank"),
+    )
     layers -= config.kept_mtp_layers
     if (low is None) != (layers in LITE_LAYERS or (layers, tokens) == KANANA):
         raise PlanError(
@@ -137,7 +141,9 @@ def _check(config: Config) -> list[str]:
             f"queries in models of {' or '.join(map(str, LITE_LAYERS))} layers and low-rank ones in all others"
         )
     if low is None and config.kept_mtp_layers:
-        raise PlanError("--mtp keep: llama.cpp drafts with low-rank queries alone, these are plain; leave it out")
+        raise PlanError(
+            "--mtp keep: llama.cpp drafts with low-rank queries alone, these are plain; leave it out"
+        )
     return mla_notes(config)
 
 

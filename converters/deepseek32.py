@@ -62,7 +62,10 @@ def _indexed(config: Config) -> list[bool]:
     """Whether each layer, but those that predict further tokens, has an indexer; the others take the choice of the last
     that has. As transformers' config derives it, where it does not say."""
     layers, kinds = config.need("num_hidden_layers") - config.kept_mtp_layers, config.get("indexer_types")
-    every, first = max(config.get("index_topk_freq", default=1), 1), config.get("index_skip_topk_offset", default=2)
+    every, first = (
+        max(config.get("index_topk_freq", default=1), 1),
+        config.get("index_skip_topk_offset", default=2),
+    )
     if kinds is None and config.get("index_topk_pattern") is not None:
         kinds = [{"F": "full", "S": "shared"}.get(kind, kind) for kind in config.get("index_topk_pattern")]
     found = [kind == "full" for kind in kinds or ()] or [
@@ -79,7 +82,9 @@ def _indexed(config: Config) -> list[bool]:
 def _glm_layers(config: Config) -> dict[str, object]:
     layers, found = config.need("num_hidden_layers"), _indexed(config)
     kept = range(len(found), layers)  # those that predict further tokens choose for themselves
-    return DEEPSEEK3.layers(config) | {"indexed": {layer for layer, has in enumerate(found) if has} | set(kept)}
+    return DEEPSEEK3.layers(config) | {
+        "indexed": {layer for layer, has in enumerate(found) if has} | set(kept)
+    }
 
 
 GLM_DSA = replace(

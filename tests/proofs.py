@@ -16,7 +16,7 @@ class Proof:
     shows: str = "logits"
 
 
-_LLAMA = "test_logits_of_a_quantized_llama"
+_JOB = "test_logits_of_a_quantized_model"
 SOURCES = {  # by the module of llmcompress/sources
     "gptq": Proof(
         "auto-gptq 0.7.1", ("test_gptq_is_what_auto_gptq_computes_with",),
@@ -30,15 +30,16 @@ SOURCES = {  # by the module of llmcompress/sources
         "compressed-tensors", (
             "test_packed_integers_are_what_compressed_tensors_makes", "test_int8_is_what_compressed_tensors_makes",
             "test_fp8_is_what_compressed_tensors_makes", "test_fp4_is_what_compressed_tensors_makes",
-        ), _LLAMA,
+        ), _JOB,
     ),
-    "fp8": Proof("transformers", ("test_fp8_is_what_transformers_dequantizes",), _LLAMA),
+    "fp8": Proof("transformers", ("test_fp8_is_what_transformers_dequantizes",), _JOB),
     "mxfp4": Proof("transformers", ("test_mxfp4_is_what_transformers_dequantizes",), "test_logits_of_gpt_oss"),
-    "awq": Proof("a plain reference", ("test_awq_by_hand",), _LLAMA),
-    "nvfp4": Proof("a plain reference", ("test_nvfp4_of_modelopt_by_hand",), _LLAMA),
-    "hqq": Proof("hqq", ("test_hqq_is_what_hqq_dequantizes",), _LLAMA),
+    "awq": Proof("a plain reference", ("test_awq_by_hand",), _JOB),
+    "nvfp4": Proof("a plain reference", ("test_nvfp4_of_modelopt_by_hand",), _JOB),
+    "hqq": Proof("hqq", ("test_hqq_is_what_hqq_dequantizes",), _JOB),
     "bitnet": Proof(
         "transformers", ("test_bitnet_is_what_transformers_computes", "test_bitnet_rounded_online_is_what_transformers_rounds"),
+        _JOB,
     ),
     "torchao": Proof(
         "torchao; int4 a plain reference", ("test_torchao_is_what_torchao_dequantizes", "test_torchao_int4_by_hand"),

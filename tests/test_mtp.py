@@ -102,18 +102,21 @@ def test_kept_layers_are_there_and_change_nothing_before_them(name: str, root: P
         (path,) = llmcompress.quantize(folder, tmp_path / f"{mtp}.gguf", type="F32", mtp=mtp).paths
         with Model(path) as model:
             found.append(model.logits(IDS))
-            count, further = (model.meta(f"{KINDS.get(name, name)}.{key}") for key in ("block_count", "nextn_predict_layers"))
+            count, further = (
+                model.meta(f"{KINDS.get(name, name)}.{key}")
+                for key in ("block_count", "nextn_predict_layers")
+            )
         assert (int(count), int(further or 0)) == (layers + (mtp == "keep"), int(mtp == "keep"))
     assert np.array_equal(*found)
-    LlamaTokenizer(tmp_path / "keep.gguf", vocab_only=False, load_mtp=True).close()  # each of its tensors, as drafting does
+    LlamaTokenizer(
+        tmp_path / "keep.gguf", vocab_only=False, load_mtp=True
+    ).close()  # each of its tensors, as drafting does
     reader = gguf.GGUFReader(tmp_path / "keep.gguf")
     written = {tensor.name: np.array(tensor.data) for tensor in reader.tensors}
     norm = next(
         value for key, value in own.items() if key.endswith(("hnorm.weight", "pre_fc_norm_hidden.weight"))
     )
-    assert np.array_equal(
-        written[f"blk.{layers}.nextn.hnorm.weight"], norm.numpy() + name.startswith("qwen")
-    )
+    assert np.array_equal(written[f"blk.{layers}.nextn.hnorm.weight"], norm.numpy() + name.startswith("qwen"))
 
 
 def test_what_cannot_be_kept_is_refused(root: Path, tmp_path: Path, tiny) -> None:
@@ -124,7 +127,13 @@ def test_what_cannot_be_kept_is_refused(root: Path, tmp_path: Path, tiny) -> Non
 
 
 def test_plain_queries_draft_nothing() -> None:
-    values = {"num_hidden_layers": 27, "q_lora_rank": None, "num_attention_heads": 4, "hidden_size": 256, "vocab_size": 9}
+    values = {
+        "num_hidden_layers": 27,
+        "q_lora_rank": None,
+        "num_attention_heads": 4,
+        "hidden_size": 256,
+        "vocab_size": 9,
+    }
     assert DEEPSEEK3.check_config(DEEPSEEK3.config(values)) == []
     with pytest.raises(PlanError, match="--mtp keep: llama.cpp drafts with low-rank queries alone"):
         DEEPSEEK3.check_config(DEEPSEEK3.config(values | {KEPT_MTP: 1}))

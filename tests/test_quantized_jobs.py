@@ -114,6 +114,14 @@ def hqq(weight: torch.Tensor) -> Made:
     return {"W_q": codes} | parts, Quantizer.dequantize(codes, meta)
 
 
+def bitnet(weight: torch.Tensor) -> Made:
+    from transformers.integrations.bitnet import pack_weights
+
+    scale = 1 / weight.abs().mean()
+    codes = (weight * scale).round().clamp(-1, 1)
+    return {"weight": pack_weights(codes.clone()), "weight_scale": scale.reshape(1)}, codes / scale
+
+
 FORMATS: dict[str, tuple[Callable[[torch.Tensor], Made], dict[str, Any]]] = {
     "FP8 in blocks": (fp8_blocks, {"quant_method": "fp8", "weight_block_size": [128, 128]}),
     "FP8 in channels": (fp8_channels, {"quant_method": "compressed-tensors", "format": "float-quantized"}),
@@ -121,6 +129,7 @@ FORMATS: dict[str, tuple[Callable[[torch.Tensor], Made], dict[str, Any]]] = {
     "AWQ": (awq, {"quant_method": "awq", "bits": 4, "group_size": 64, "version": "gemm"}),
     "NVFP4": (nvfp4, {"quant_method": "modelopt", "quant_algo": "NVFP4"}),
     "HQQ": (hqq, {"quant_method": "hqq"}),
+    "BitNet": (bitnet, {"quant_method": "bitnet", "linear_class": "bitlinear"}),
 }
 
 
@@ -159,9 +168,10 @@ def check_job(folder: Path, network: torch.nn.Module, tmp_path: Path, decoded: i
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_logits_of_a_quantized_llama(name: str, tiny, tmp_path: Path) -> None:
+def test_logits_of_a_quantized_model(name: str, tiny, tmp_path: Path) -> None:
     make, settings = FORMATS[name]
-    network = network_of(tiny("llama"))
+    plain = tiny("bitnet" if make is bitnet else "llama")
+    network = network_of(plain)
     tensors = dict(network.state_dict())
     linears = {
         label: module
@@ -173,7 +183,7 @@ def test_logits_of_a_quantized_llama(name: str, tiny, tmp_path: Path) -> None:
         del tensors[f"{label}.weight"]
         tensors |= {f"{label}.{part}": value for part, value in parts.items()}
         linear.weight.data = stands_for.reshape(linear.weight.shape)
-    save(tmp_path / "quantized", tiny("llama"), tensors, settings)
+    save(tmp_path / "quantized", plain, tensors, settings)
     check_job(tmp_path / "quantized", network, tmp_path, decoded=14)
 
 
