@@ -110,7 +110,9 @@ def leading_dense(config: Config) -> dict[str, range]:
     if kinds is not None:
         first = kinds.count("dense")
         if kinds[:first] != ["dense"] * first:
-            raise PlanError("config.json: mlp_layer_types; in llama.cpp the first layers are dense, no others")
+            raise PlanError(
+                "config.json: mlp_layer_types; in llama.cpp the first layers are dense, no others"
+            )
     return {"dense": range(first), "experts": range(first, layers)}
 
 

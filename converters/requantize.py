@@ -74,25 +74,20 @@ def _warning(source: GGUFSource, recipe: Recipe) -> list[str]:
 def _traits(source: GGUFSource, has_imatrix: bool) -> ModelTraits:
     """What the rules for types ask of a model. Raises GGUFError where the metadata does not say it."""
     name = _value(source, "general.architecture", str)
-    counts = {
-        key: _value(source, f"{name}.{key}", int, default)
-        for key, default in (
-            ("block_count", None), ("attention.head_count", 0), ("attention.head_count_kv", 0), ("expert_count", 0),
-        )
-    }  # fmt: skip
-    heads = counts["attention.head_count"]
+    heads = _value(source, f"{name}.attention.head_count", int, 0)
     return ModelTraits(
-        architecture=name, blocks=counts["block_count"], heads=heads, kv_heads=counts["attention.head_count_kv"] or heads,
-        experts=counts["expert_count"], has_imatrix=has_imatrix,
+        architecture=name, blocks=_value(source, f"{name}.block_count", int), heads=heads,
+        kv_heads=_value(source, f"{name}.attention.head_count_kv", int, heads),
+        experts=_value(source, f"{name}.expert_count", int, 0), has_imatrix=has_imatrix,
     )  # fmt: skip
 
 
 def _value(source: GGUFSource, key: str, kind: type, default: Any = None) -> Any:
-    """A value of the metadata; of a list with one for each block, the largest."""
+    """A value of the metadata; of a list with one for each block, the first block's."""
     held = source.metadata.get(key)
     value = default if held is None else held.value
     if isinstance(value, list) and value and kind is int and all(isinstance(item, int) for item in value):
-        value = max(value)
+        value = value[0]
     if isinstance(value, bytes):
         value = value.decode(errors="replace")
     if not isinstance(value, kind) or isinstance(value, bool):

@@ -1,5 +1,5 @@
-"""`--max-ram` holds for checkpoints that are decoded, and for experts that are fused and turned round: what a job holds
-does not grow with them."""
+"""`--max-ram` holds for checkpoints that are decoded, for experts that are fused and turned round, and for a GGUF that is
+split or merged: what a job holds does not grow with them, and it writes no byte twice."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -28,16 +29,17 @@ pytestmark = [
 
 # A job on a small model compiles all that the large one needs; then the peak is counted anew.
 JOB = """
-import re, sys
+import json, re, sys
 from pathlib import Path
 import llmcompress
-small, large, out = sys.argv[1:]
-status = lambda key: int(re.search(f"{key}:[^0-9]*([0-9]+)", Path("/proc/self/status").read_text())[1]) * 1024
-llmcompress.quantize(small, f"{out}/small.gguf", type="Q4_K_M", threads=2)
+small, large, out, options = sys.argv[1:]
+options = json.loads(options)
+number = lambda key, file: int(re.search(f"{key}:[^0-9]*([0-9]+)", Path(f"/proc/self/{file}").read_text())[1])
+llmcompress.quantize(small, f"{out}/small.gguf", threads=2, **options)
 Path("/proc/self/clear_refs").write_text("5")
-before = status("VmRSS")
-llmcompress.quantize(large, f"{out}/large.gguf", type="Q4_K_M", threads=2, max_ram="300MiB")
-print(status("VmHWM") - before)
+before, bytes_before = number("VmRSS", "status"), number("wchar", "io")
+llmcompress.quantize(large, f"{out}/large.gguf", threads=2, max_ram="300MiB", **options)
+print((number("VmHWM", "status") - before) * 1024, number("wchar", "io") - bytes_before)
 """
 MORE_THAN_BEFORE = 80 * 2**20  # bytes; two workers' slabs, and those of columns are four times as large
 
@@ -113,14 +115,34 @@ MADE: dict[str, Callable[[Path, Path, bool], Path]] = {
 }
 
 
+def measured(small: Path, large: Path, out: Path, **options: Any) -> None:
+    """The job in a process of its own: memory above what the small model took, and bytes written for those of the files."""
+    arguments = [sys.executable, "-c", JOB, str(small), str(large), str(out), json.dumps(options)]
+    done = subprocess.run(arguments, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    more, bytes_written = map(int, done.stdout.split())
+    size = sum(file.stat().st_size for file in out.glob("large*.gguf"))
+    assert size > 30 * 2**20 and more < MORE_THAN_BEFORE, (
+        f"{more / 2**20:.0f} MiB more for {size / 2**20:.0f}"
+    )
+    assert size <= bytes_written < 1.02 * size + 2**20
+
+
 @pytest.mark.parametrize("kind", MADE)
 def test_what_a_job_holds_does_not_grow_with_a_source(kind: str, root: Path, tmp_path: Path) -> None:
     small, large = (MADE[kind](root, tmp_path / name, name == "large") for name in ("small", "large"))
-    arguments = [sys.executable, "-c", JOB, str(small), str(large), str(tmp_path)]
-    done = subprocess.run(arguments, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    more = int(done.stdout)
-    written = (tmp_path / "large.gguf").stat().st_size
-    assert written > 30 * 2**20 and more < MORE_THAN_BEFORE, (
-        f"{more / 2**20:.0f} MiB more for {written / 2**20:.0f}"
-    )
+    measured(small, large, tmp_path, type="Q4_K_M")
+
+
+def test_a_gguf_is_split_and_merged_without_holding_it(tmp_path: Path) -> None:
+    shapes = (("small", Llama()), ("large", LARGE))
+    made = [write_checkpoint(tmp_path / name, shape) for name, shape in shapes]
+    whole = [
+        llmcompress.quantize(model, tmp_path / f"{model.name}.gguf", type="BF16").paths[0] for model in made
+    ]
+    for folder in ("split", "merged"):
+        (tmp_path / folder).mkdir()
+    measured(*whole, tmp_path / "split", type="COPY", split_max_size="50M")
+    shard = min((tmp_path / "split").glob("large-*.gguf"))
+    measured(whole[0], shard, tmp_path / "merged", type="COPY")
+    assert (tmp_path / "merged" / "large.gguf").read_bytes() == whole[1].read_bytes()

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from llama_cpp import Model
+from llmcompress.converters.requantize import _traits
 from llmcompress.converters.to_gguf import plan_gguf
 
 import llmcompress
@@ -14,7 +16,7 @@ from llmcompress.errors import GGUFError, PlanError
 from llmcompress.gguf.layout import TensorEntry, lay_out
 from llmcompress.gguf.reader import GGUFFile, open_shards
 from llmcompress.gguf.types import TYPES
-from llmcompress.gguf.value import string, u32
+from llmcompress.gguf.value import ValueType, array, string, u32
 from llmcompress.gguf_source import GGUFSource
 from llmcompress.recipe import Recipe
 
@@ -79,6 +81,22 @@ def test_split_and_merged_again_it_is_the_same_file(made: Path, tmp_path: Path) 
     result = llmcompress.quantize(shards[1], tmp_path / "whole.gguf", type="COPY")
     assert (tmp_path / "whole.gguf").read_bytes() == source.read_bytes()
     assert not result.notes
+
+
+def test_heads_are_those_of_the_first_block() -> None:
+    """By which llama-quantize chooses; hybrids begin with blocks that have no keys, and got types of other models."""
+    values = {"block_count": u32(3), "attention.head_count": u32(32)}
+    heads = array(ValueType.UINT32, [0, 0, 2])
+    for more, expected in (
+        ({"attention.head_count_kv": heads}, 0),
+        ({"attention.head_count_kv": u32(8)}, 4),
+        ({}, 1),
+    ):
+        metadata = {f"nemotron_h.{key}": value for key, value in (values | more).items()}
+        source = SimpleNamespace(
+            path=Path("x.gguf"), metadata=metadata | {"general.architecture": string("nemotron_h")}
+        )
+        assert _traits(source, False).heads_per_value == expected
 
 
 @pytest.mark.slow
