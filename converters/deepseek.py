@@ -212,8 +212,8 @@ DEEPSEEK3 = replace(
 GLM4_LITE = replace(
     DEEPSEEK3,
     classes=("Glm4MoeLiteForCausalLM",),
-    defaults=DEEPSEEK3.defaults | {
-        "rms_norm_eps": 1e-5, "max_position_embeddings": 202752, "first_k_dense_replace": 1, "n_routed_experts": 64,
+    defaults=without(DEEPSEEK3.defaults, "num_nextn_predict_layers", "first_k_dense_replace") | {
+        "rms_norm_eps": 1e-5, "max_position_embeddings": 202752, "n_routed_experts": 64,
         "num_experts_per_tok": 4, "moe_intermediate_size": 1536, "routed_scaling_factor": 1.8, "n_group": 1, "topk_group": 1,
         "q_lora_rank": 768, "qk_nope_head_dim": 192, "v_head_dim": 256,
     },

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from llmcompress.converters.architecture import only, to
+from llmcompress.converters.architecture import only, to, without
 from llmcompress.converters.config import Config
 from llmcompress.converters.deepseek import DEEPSEEK3, deepseek_keys, mla_notes, mla_shapes
 
@@ -52,7 +52,9 @@ DEEPSEEK32 = replace(
     tensors=DEEPSEEK3.tensors | INDEXER,
     keys=indexer_keys,
     biases=DEEPSEEK3.biases | {"k_norm"},
-    defaults=DEEPSEEK3.defaults | {"max_position_embeddings": 163840, "index_topk": 2048, "index_head_dim": 128, "index_n_heads": 64},
+    defaults=without(DEEPSEEK3.defaults, "num_nextn_predict_layers") | {
+        "max_position_embeddings": 163840, "index_topk": 2048, "index_head_dim": 128, "index_n_heads": 64,
+    },
     check=indexer_notes,
     shapes=indexer_shapes,
 )  # fmt: skip
