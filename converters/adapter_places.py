@@ -1,12 +1,13 @@
 """Where the matrices of an adapter go in a checkpoint: mostly to tensors of the same name.
 
-Releases of transformers disagree on experts, which are single linears or one stacked tensor: there, the tables say
-which rows of the one are which of the other.
+Where a checkpoint has other names than the model that transformers makes of it, the tables say which is which; and of
+experts, which are single linears in the one and one stacked tensor in the other, which rows are which.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
@@ -46,9 +47,15 @@ def with_adapter(checkpoint: Checkpoint, adapter: str | Path, onto: str | None =
     """
     opened = Adapter.open(adapter)
     base = _base(checkpoint, opened, onto)
-    opened = without_copies(opened, base)
-    changes = bind(opened, base.index, Places(opened, base).patches())
-    return MergedCheckpoint(base, opened, changes, unrounded=checkpoint)
+    opened, patches = place(opened, base)
+    return MergedCheckpoint(base, opened, bind(opened, base.index, patches), unrounded=checkpoint)
+
+
+def place(adapter: Adapter, checkpoint: Checkpoint) -> tuple[Adapter, dict[str, list[Patch]]]:
+    """The adapter by the checkpoint's names, without what is a copy of the checkpoint's, and what its matrices add to
+    each tensor. Raises PlanError for a matrix that fits none, or one of another shape."""
+    places = Places(adapter, checkpoint)
+    return without_copies(places.renamed(), checkpoint), places.patches()
 
 
 def _base(checkpoint: Checkpoint, adapter: Adapter, onto: str | None) -> Checkpoint:
@@ -89,9 +96,35 @@ class Places:
                 taken.append(patch)
         return found
 
+    def renamed(self) -> Adapter:
+        """The adapter, its whole tensors, rows and biases by the checkpoint's names."""
+        shapes = {name: tensor.shape for name, tensor in self.adapter.full.items()}
+        shapes |= {name: tensor.shape for name, (_, tensor) in self.adapter.biases.items()}
+        shapes |= {tokens.name: tokens.tensor.shape for tokens in self.adapter.tokens}
+        names = {name: self._found(name, shape) or name for name, shape in shapes.items()}
+        return replace(
+            self.adapter,
+            full={names[name]: tensor for name, tensor in self.adapter.full.items()},
+            tokens=tuple(replace(tokens, name=names[tokens.name]) for tokens in self.adapter.tokens),
+            biases={names[name]: bias for name, bias in self.adapter.biases.items()},
+        )
+
+    def _found(self, name: str, shape: tuple[int, ...]) -> str | None:
+        """The checkpoint's tensor of this name, or which becomes the same of the GGUF; None where there is none."""
+        own = find_name(self.checkpoint.index, name)
+        if own in self.checkpoint.index:
+            return own
+        made = self._pieces_of(self._named(name, shape))
+        return self._names.get(tuple(place for place, _ in made), own)
+
+    def _named(self, name: str, shape: tuple[int, ...]) -> TensorInfo:
+        """A tensor as the checkpoint might have it."""
+        return TensorInfo(name, shape, "F32", self.adapter.directory, 0, 0)
+
     def _patches(self, update: LowRank) -> list[tuple[str, Patch]]:
         index = self.checkpoint.index
-        name = find_name(index, update.name)
+        stack = (update.matrices,) if update.matrices > 1 else ()
+        name = self._found(update.name, (*stack, update.outputs, update.inputs))
         if name is None:
             return self._among_experts(update)
         tensor = index.get(name) or index[embedding_name(self.adapter, index)]
@@ -124,19 +157,8 @@ class Places:
     def _among_experts(self, update: LowRank) -> list[tuple[str, Patch]]:
         """The parts of single or stacked experts that go where the update's go."""
         shape = (update.outputs, update.inputs)
-        source = TensorInfo(
-            update.name,
-            (update.matrices, *shape) if update.matrices > 1 else shape,
-            "F32",
-            self.adapter.directory,
-            0,
-            0,
-        )
-        found = []
-        try:
-            pieces = pieces_of(*self._table, source) if self._table else []
-        except PlanError:
-            pieces = []
+        stack = (update.matrices,) if update.matrices > 1 else ()
+        pieces, found = self._pieces_of(self._named(update.name, (*stack, *shape))), []
         for place, own in pieces:
             there = self._pieces.get(place)
             sizes = (own.rows, update.inputs, 1)
@@ -163,6 +185,13 @@ class Places:
         return weight_steps(self.checkpoint) if self._table else None
 
     @cached_property
+    def _names(self) -> Mapping[tuple[tuple[str, int], ...], str]:
+        """The checkpoint's tensors by what they become, those that become nothing left out."""
+        made = {tuple(place for place, _ in self._pieces_of(tensor)): name
+                for name, tensor in self.checkpoint.index.items()}  # fmt: skip
+        return {places: name for places, name in made.items() if places}
+
+    @cached_property
     def _pieces(self) -> Mapping[tuple[str, int], Piece]:
         """The checkpoint's rows by what they become: matrices of tensors of the GGUF."""
         return {
@@ -173,6 +202,6 @@ class Places:
 
     def _pieces_of(self, tensor: TensorInfo) -> list[tuple[tuple[str, int], Piece]]:
         try:
-            return pieces_of(*self._table, tensor)
+            return pieces_of(*self._table, tensor) if self._table else []
         except PlanError:  # a tensor beside the model
             return []

@@ -25,7 +25,6 @@ from llmcompress.converters.lora_to_gguf import (
     is_adapted,
     plan_lora,
     require_float,
-    require_tried,
     run_lora,
 )
 from llmcompress.converters.to_gguf import importance_source, open_checkpoint
@@ -133,8 +132,6 @@ def compensate(
         model.require_plain()
         steps = weight_steps(model)
         architecture = find_architecture(Config(model.config))
-        if as_gguf:
-            require_tried(architecture.name, reference)
         plain = [step for step in steps if EXPERTS not in step.name]
         linears = linears_of(architecture, plain) + _head(model, held, steps)
         _check_same(model, held, linears)

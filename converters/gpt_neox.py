@@ -29,6 +29,7 @@ GPT_NEOX = Architecture(
         "embed_in": to("token_embd"),
         "final_layer_norm": to("output_norm"),
         "embed_out": to("output"),
+        "lm_head": to("output"),  # transformers 5
         "layers.{i}.input_layernorm": to("blk.{i}.attn_norm"),
         "layers.{i}.attention.query_key_value": to("blk.{i}.attn_qkv", cut=in_groups(heads_of_qkv, ((0, 1, 2),))),
         "layers.{i}.attention.dense": to("blk.{i}.attn_output"),

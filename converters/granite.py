@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Container
 from dataclasses import replace
 
-from llmcompress.converters.architecture import Architecture, only, optional_keys, to, without
+from llmcompress.converters.architecture import Architecture, only, optional_keys, renamed, to, without
 from llmcompress.converters.config import Config
 from llmcompress.converters.decoder import (
     EMBEDDING,
+    FUSED_EXPERTS,
     MLP,
     QKV_BIASES,
     check_square_attention,
@@ -62,6 +63,8 @@ SCALES = {
 }  # fmt: skip
 GRANITE_EXPERTS = {
     "layers.{i}.post_attention_layernorm": to("blk.{i}.ffn_norm"),
+    **without(renamed(FUSED_EXPERTS, {".mlp.": ".block_sparse_moe."}), "gate"),
+    "layers.{i}.block_sparse_moe.router": to("blk.{i}.ffn_gate_inp"),
     "layers.{i}.block_sparse_moe.router.layer": to("blk.{i}.ffn_gate_inp"),
     "layers.{i}.block_sparse_moe.input_linear": to("blk.{i}.ffn_gate_exps", "blk.{i}.ffn_up_exps"),
     "layers.{i}.block_sparse_moe.output_linear": to("blk.{i}.ffn_down_exps"),

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from llmcompress.converters.architecture import Architecture, only, to, without
+from llmcompress.converters.architecture import Architecture, only, renamed, to, without
 from llmcompress.converters.config import Config
 from llmcompress.converters.decoder import (
     ATTENTION,
     EMBEDDING,
+    FUSED_EXPERTS,
     check_square_attention,
     decoder_keys,
     expert_keys,
@@ -63,6 +64,7 @@ JAMBA = Architecture(
         "layers.{i}.feed_forward.up_proj": to("blk.{i}.ffn_up"),
         "layers.{i}.feed_forward.down_proj": to("blk.{i}.ffn_down"),
     }) | only("experts", {
+        **without(renamed(FUSED_EXPERTS, {".mlp.": ".feed_forward."}), "gate"),
         "layers.{i}.feed_forward.router": to("blk.{i}.ffn_gate_inp"),
         "layers.{i}.feed_forward.experts.{e}.gate_proj": to("blk.{i}.ffn_gate_exps"),
         "layers.{i}.feed_forward.experts.{e}.up_proj": to("blk.{i}.ffn_up_exps"),

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from llmcompress.converters.architecture import Architecture, only, to
+from llmcompress.converters.architecture import Architecture, only, renamed, to
 from llmcompress.converters.config import Config
 from llmcompress.converters.decoder import (
+    FUSED_EXPERTS,
     SIGMOID,
     check_square_attention,
     expert_keys,
@@ -93,7 +94,7 @@ LFM2_MOE = replace(
     name="lfm2moe",
     classes=("Lfm2MoeForCausalLM",),
     tensors=LFM2.tensors | only("experts", {
-        "layers.{i}.feed_forward.gate": to("blk.{i}.ffn_gate_inp"),
+        **renamed(FUSED_EXPERTS, {".mlp.": ".feed_forward."}),
         "layers.{i}.feed_forward.expert_bias": to("blk.{i}.exp_probs_b.bias", whole=True),
         "layers.{i}.feed_forward.experts.{e}.w1": to("blk.{i}.ffn_gate_exps"),
         "layers.{i}.feed_forward.experts.{e}.w2": to("blk.{i}.ffn_down_exps"),

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from llmcompress.converters.adapter_places import Places
+from llmcompress.converters.adapter_places import place
 from llmcompress.converters.config import Config
 from llmcompress.converters.families import find_architecture, weight_steps
 
@@ -27,7 +27,7 @@ from llmcompress.gguf.types import TYPES
 from llmcompress.gguf.value import Metadata, f32, string
 from llmcompress.grids import GRIDS
 from llmcompress.grids.floats import count_saturated
-from llmcompress.merged import HEAD, Patch, without_copies
+from llmcompress.merged import HEAD, Patch
 from llmcompress.progress import Progress
 from llmcompress.slab import LARGEST
 from llmcompress.step import Piece, Step
@@ -42,19 +42,8 @@ UNADAPTED = {
     "deepseek2": r"output|blk\.\d+\.attn_(q|q_a|q_b|kv_a_mqa)",
     "gemma3n": r"altup_(proj|unembd_proj)|per_layer_(model_proj|token_embd)|blk\.\d+\.altup_router",
     "gemma4": r"per_layer_(model_proj|token_embd)",
-}
-# Architectures on which it was not tried out which tensors those are.
-UNTRIED = {
-    "apertus",
-    "bailingmoe",
-    "bailingmoe2",
-    "bitnet",
-    "falcon-h1",
-    "internlm2",
-    "minicpm",
-    "nemotron_h",
-    "nemotron_h_moe",
-    "rwkv7",
+    "nemotron_h_moe": r"blk\.\d+\.ffn_latent_(down|up)",
+    "rwkv7": r"blk\.\d+\.time_mix_[wavg][12]",
 }
 MERGE = "merge it instead: llmcompress merge MODEL ADAPTER"
 
@@ -108,13 +97,11 @@ def plan_lora(adapter: str | Path, base: str | Path, out: str | Path, type: str 
     adapter of another model than `base`."""
     require_float(type)
     with Checkpoint.open(base) as checkpoint:
-        opened = without_copies(Adapter.open(adapter), checkpoint)
+        opened, patches = place(Adapter.open(adapter), checkpoint)
         _check_kind(opened)
         architecture = find_architecture(Config(checkpoint.config))
         architecture.check_config(architecture.config(checkpoint.config))
-        require_tried(architecture.name, base)
         steps = weight_steps(checkpoint)
-        patches = Places(opened, checkpoint).patches()
     used = {piece.tensor.name for step in steps for piece in step.pieces}
     for name in patches:
         if name not in used:
@@ -138,7 +125,7 @@ def plan_lora(adapter: str | Path, base: str | Path, out: str | Path, type: str 
             raise PlanError(
                 f"{opened.directory}: changes {_source(pair)}; llama.cpp adapts no {pair.step.name}; {MERGE}"
             )
-        if pair.step.operation.changes_values:
+        if pair.step.operation.compute:
             raise PlanError(
                 f"{opened.directory}: changes {_source(pair)}, which {pair.step.operation.name} makes {pair.step.name}; {MERGE}"
             )
@@ -171,14 +158,6 @@ def require_float(type: str) -> None:
     """Raise PlanError for a type that an adapter's tensors cannot have."""
     if type.upper() not in FLOAT_TYPES:
         raise PlanError(f"--type {type}: none of {', '.join(FLOAT_TYPES)}{nearest(type, FLOAT_TYPES)}")
-
-
-def require_tried(architecture: str, base: str | Path) -> None:
-    """Raise PlanError for an architecture of which it is not known which tensors of an adapter llama.cpp uses."""
-    if architecture in UNTRIED:
-        raise PlanError(
-            f"{base}: whether llama.cpp's {architecture} uses every tensor of an adapter is not known; {MERGE}"
-        )
 
 
 def is_adapted(architecture: str, name: str) -> bool:
@@ -288,6 +267,8 @@ def _matrices(plan: LoraPlan, pair: Pair) -> tuple[np.ndarray, np.ndarray]:
             )
         if arrange and not by_value:
             b[matrix] = arrange(b[matrix])
+    if step.operation.factors is not None:  # of rows, which are lora_b's
+        b *= step.operation.factors.reshape(-1, rows, 1)
     if step.name == EMBEDDING:
         return b[0], np.ascontiguousarray(a[0].T)
     return a.reshape(*stack, rank, columns), b.reshape(*stack, rows, rank)

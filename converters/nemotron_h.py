@@ -116,6 +116,7 @@ NEMOTRON_H = Architecture(
     },
     check=_check,
     layers=_layers,
+    spellings={"model.": "backbone."},  # transformers' modules, and so adapters, but not its checkpoints
     left_out={"mtp.": "multi-token prediction"},
     instead=lambda config: NEMOTRON_H_MOE if _layers(config)["experts"] else None,
 )  # fmt: skip

@@ -10,19 +10,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
 from gguf import GGUFReader
 from llama_cpp import Model
-from llmcompress.converters.config import Config
-from llmcompress.converters.families import find_architecture
-from llmcompress.converters.lora_to_gguf import UNTRIED, plan_lora, run_lora
+from llmcompress.converters.adapter_places import Places
+from llmcompress.converters.families import ARCHITECTURES
+from llmcompress.converters.lora_to_gguf import plan_lora, run_lora
 from llmcompress.converters.merge import plan_merge, run_merge
 from peft_adapters import save_adapter, tuned_logits
-from safetensors.torch import save_file
+from relabelled import relabelled
+from safetensors.torch import load_file, save_file
 from test_architectures import NAMES, assert_same_logits, expected, ids_of
+from test_rwkv7 import reference, write_model
 from tiny_families import MORE
+from tiny_models import MODELS
 
 import llmcompress
-from llmcompress.adapter import Adapter
+from llmcompress.adapter import Adapter, LowRank
 from llmcompress.checkpoint import Checkpoint
 from llmcompress.errors import CheckpointError, PlanError
 from llmcompress.recipe import Recipe
@@ -60,8 +64,16 @@ REFUSED = {
     "deepseek2": MLA, "deepseek3": MLA, "gemma4": {"embed_tokens_per_layer", "per_layer_model_projection"},
     "gemma3n": {"embed_tokens_per_layer", "per_layer_model_projection", "altup_projections", "altup_unembed_projections",
                 "modality_router"},
+    "nemotron-h-latent": {"fc1_latent_proj", "fc2_latent_proj"}, "rwkv7": {"lora"},
 }  # fmt: skip
 TIED = ("embed_tokens", "word_embeddings", "wte", "embeddings")
+
+
+def test_every_architecture_is_tried() -> None:
+    tried = {tiny.kind for tiny, _ in (*MODELS.values(), *MORE.values())} | {"RWKV7ForCausalLM"}
+    tried |= {name for tiny, _ in MORE.values() for name in tiny.also}
+    known = {family.name for family in ARCHITECTURES if tried & {*family.classes}}
+    assert known == {family.name for family in ARCHITECTURES}
 
 
 @pytest.mark.slow
@@ -70,32 +82,105 @@ def test_every_matrix_of_every_family_is_adapted_or_refused(
     name: str, tiny: Callable[[str], Path], tmp_path: Path
 ) -> None:
     """One adapter on every matrix that is not refused, held against transformers on the merged weights."""
-    folder = tiny(name)
+    folder, made = tiny(name), MORE[name][0]
+    ids = ids_of(folder)
+    if made.relabel:
+        folder = relabelled(made, folder, tmp_path / "tiny-relabelled")
+        assert_adapted_or_refused(name, folder, tmp_path, ids, lambda merged: logits_of_gguf(merged, ids))
+    else:
+        assert_every_parameter_has_its_place(folder)
+        assert_adapted_or_refused(name, folder, tmp_path, ids, lambda merged: expected(merged, ids))
+
+
+@pytest.mark.slow
+def test_every_matrix_of_rwkv_is_adapted_or_refused(root: Path, tmp_path: Path) -> None:
+    """Against the recurrence by itself, which transformers does not have."""
+    folder, example = tmp_path / "tiny", root / "examples" / "sample-llama-6m"
+    write_model(folder, example)
+    ids = ids_of(example)
+    assert_adapted_or_refused("rwkv7", folder, tmp_path, ids, lambda merged: reference(
+        {key: value.numpy() for key, value in load_file(merged / "model.safetensors").items()}, ids
+    ))  # fmt: skip
+
+
+def logits_of_gguf(folder: Path, ids: list[int]) -> np.ndarray:
+    with Model(
+        llmcompress.quantize(folder, folder.with_suffix(".gguf"), type="F32", verify="off").paths[0]
+    ) as model:
+        return model.logits(ids)
+
+
+def assert_adapted_or_refused(
+    name: str, folder: Path, tmp_path: Path, ids: list[int], expected: Callable[[Path], np.ndarray]
+) -> None:
+    """`expected`: what a merged checkpoint computes."""
     matrices = {
         tensor.name.removesuffix(".weight"): tensor.shape for tensor in Checkpoint.open(folder).index.values()
         if len(tensor.shape) == 2 and tensor.name.endswith(".weight")
     }  # fmt: skip
-    architecture = find_architecture(Config(Checkpoint.open(folder).config)).name
-    if architecture in UNTRIED:
-        with pytest.raises(PlanError, match="is not known; merge it instead"):
-            plan_lora(save_matrices(tmp_path / "adapter", [*matrices], matrices), folder, tmp_path / "a.gguf")
-        return
-    kinds = {re.sub(r"\.\d+", "", module): module for module in matrices}
+    kinds = {kind_of(module): module for module in matrices}
     refused = {
         kind for kind, module in kinds.items() if not is_planned(folder, tmp_path / kind, [module], matrices)
     }
     assert {kind.rpartition(".")[2] for kind in refused} - set(TIED) == REFUSED.get(name, set())
-    kept = [module for module in matrices if re.sub(r"\.\d+", "", module) not in refused]
+    kept = [module for module in matrices if kind_of(module) not in refused]
     adapter = save_matrices(tmp_path / "adapter", kept, matrices)
     run_merge(plan_merge(folder, adapter, tmp_path / "tiny-merged", Recipe()))
-    ids = ids_of(folder)
-    wanted = expected(tmp_path / "tiny-merged", ids)
+    wanted = expected(tmp_path / "tiny-merged")
     base = llmcompress.quantize(folder, tmp_path / "base.gguf", type="F32", verify="off").paths[0]
     with Model(base) as model:
         plain = model.logits(ids)
         assert abs(plain - wanted).max() > 0.05 * np.ptp(wanted)
         model.use_adapter(run_lora(plan_lora(adapter, folder, tmp_path / "adapter.gguf")))
         assert abs(model.logits(ids) - wanted).max() < 1e-3 * np.ptp(wanted)
+
+
+def kind_of(module: str) -> str:
+    """Its name without the numbers of layers and experts."""
+    return re.sub(r"\.\d+", "", module)
+
+
+def assert_every_parameter_has_its_place(folder: Path) -> None:
+    """Under the names that transformers' model has, which are an adapter's, and need not be the checkpoint's."""
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(folder))
+    updates = {
+        name: LowRank(name, *tensor.shape[-2:], 1, len(tensor) if tensor.ndim > 2 else 1, 1.0, {}, None)
+        for name, tensor in model.named_parameters()
+        if tensor.ndim > 1 and not re.search("conv|correction_bias|A_log", name)
+    }
+    adapter = Adapter(folder, {}, None, tuple(updates.values()), {}, (), {})
+    rows = dict.fromkeys(updates, 0)
+    for patches in Places(adapter, Checkpoint.open(folder)).patches().values():
+        for patch in patches:
+            rows[patch.update.name] += patch.rows
+    assert rows == {name: update.matrices * update.outputs for name, update in updates.items()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["granitemoe", "jamba", "lfm2moe", "nemotron-h-moe"])
+def test_experts_that_the_checkpoint_has_by_other_names(
+    name: str, tiny: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Merged and as an adapter, against peft."""
+    folder = tiny(name)
+    ids = ids_of(folder)
+    first = "up_proj" if name == "nemotron-h-moe" else "gate_up_proj"
+    adapter = save_adapter(
+        folder, tmp_path / "adapter", "patterns", target_modules=["q_proj", "v_proj"],
+        target_parameters=[f"experts.{first}", "experts.down_proj"],
+    )  # fmt: skip
+    wanted = tuned_logits(folder, adapter, ids)
+    base, merged = (
+        llmcompress.quantize(folder, tmp_path / f"{number}.gguf", type="F32", verify="off", **given).paths[0]
+        for number, given in enumerate(({}, {"adapter": str(adapter)}))
+    )
+    with Model(merged) as model:
+        assert_same_logits(model.logits(ids), wanted, 1e-3)
+    with Model(base) as model:
+        assert abs(model.logits(ids) - wanted).max() > 0.05 * np.ptp(wanted)
+        model.use_adapter(run_lora(plan_lora(adapter, folder, tmp_path / "adapter.gguf")))
+        assert_same_logits(model.logits(ids), wanted, 1e-3)
 
 
 def is_planned(folder: Path, adapter: Path, modules: list[str], shapes: dict[str, tuple[int, ...]]) -> bool:

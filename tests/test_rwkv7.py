@@ -116,8 +116,8 @@ def reference(weights: Weights, ids: list[int]) -> np.ndarray:
 
 
 @pytest.mark.slow
-def test_logits_are_those_of_the_recurrence_and_a_k_type_runs(root: Path, tmp_path: Path) -> None:
-    example, folder = root / "examples" / "sample-llama-6m", tmp_path / "model"
+def write_model(folder: Path, example: Path) -> Weights:
+    """A checkpoint with the tokenizer of another model, which is there."""
     folder.mkdir()
     for file in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(example / file, folder / file)
@@ -131,6 +131,12 @@ def test_logits_are_those_of_the_recurrence_and_a_k_type_runs(root: Path, tmp_pa
     (folder / "config.json").write_text(json.dumps(config))
     weights = random_weights(tokens)
     save_file(weights, folder / "model.safetensors")
+    return weights
+
+
+def test_logits_are_those_of_the_recurrence_and_a_k_type_runs(root: Path, tmp_path: Path) -> None:
+    example, folder = root / "examples" / "sample-llama-6m", tmp_path / "model"
+    weights = write_model(folder, example)
     ids = ids_of(example)
     wanted = reference(weights, ids)
     result = llmcompress.quantize(folder, tmp_path / "{type}.gguf", type=["F32", "Q4_K_M"], verify="full")

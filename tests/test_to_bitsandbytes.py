@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -14,6 +15,7 @@ from synthetic_checkpoint import Llama, poke, write_checkpoint
 from typer.testing import CliRunner
 
 import llmcompress
+from llmcompress.checkpoint import Checkpoint
 from llmcompress.cli import app
 from llmcompress.errors import PlanError, RecipeError, RunError
 
@@ -76,6 +78,24 @@ def test_four_bits_are_bitsandbytes_own_to_the_last_bit(
     assert found.keys() == source.keys() and all(same(found[name], source[name]) for name in found)
     assert {tensor.type for tensor in result.outputs[0].tensors if tensor.rows_checked} == {format.upper()}
     assert any("14 linears have outputs that are no multiple of 32" in note for note in result.notes)
+
+
+@pytest.mark.parametrize("storage", ["bfloat16", "float16", "float32"])
+def test_codes_stored_as_other_types_are_bitsandbytes_own(storage: str, odd: Path, tmp_path: Path) -> None:
+    """Compared as bytes: as numbers, some are NaN."""
+    llmcompress.quantize(odd, tmp_path / "out", format="nf4", storage=storage)
+    source, found = tensors_of(odd), tensors_of(tmp_path / "out")
+    for module in modules_of(source):
+        dtype = getattr(torch, storage)
+        codes, state = functional.quantize_4bit(
+            source[f"{module}.weight"], quant_type="nf4", quant_storage=dtype
+        )
+        own = found[f"{module}.weight"]
+        assert own.dtype == codes.dtype == dtype and own.shape == codes.shape
+        assert torch.equal(own.view(torch.uint8), codes.view(torch.uint8))
+        with Checkpoint.open(tmp_path / "out") as decoded:
+            values = torch.from_numpy(np.ascontiguousarray(decoded.read(f"{module}.weight")).view(np.uint8))
+        assert torch.equal(values, functional.dequantize_4bit(codes, state).view(torch.uint8))
 
 
 def test_eight_bits_are_bitsandbytes_own_to_the_last_bit(odd: Path, tmp_path: Path) -> None:
@@ -154,18 +174,17 @@ def test_transformers_loads_it_and_computes_what_quantizing_on_load_gives(
 
 
 @pytest.mark.slow
-def test_other_storage_and_kept_modules_load(root: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("storage", ["bfloat16", "float16", "float32"])
+def test_other_storage_and_kept_modules_load(storage: str, root: Path, tmp_path: Path) -> None:
     keep = [r"model.layers.\d*[02].mlp", "layers.1.self_attn.q_proj"]
-    result = llmcompress.quantize(
-        root / SAMPLE, tmp_path / "out", format="nf4", storage="bfloat16", keep=keep
-    )
+    result = llmcompress.quantize(root / SAMPLE, tmp_path / "out", format="nf4", storage=storage, keep=keep)
     llmcompress.quantize(root / SAMPLE, tmp_path / "bytes", format="nf4", keep=keep)
     model = loaded(tmp_path / "out")
     kinds = {name: type(module).__name__ for name, module in model.named_modules() if "_proj" in name}
     for name, kind in kinds.items():
         kept = ".0.mlp" in name or ".2.mlp" in name or "layers.1.self_attn.q_proj" in name
         assert kind == ("Linear" if kept else "Linear4bit"), name
-    assert model.model.layers[1].mlp.up_proj.weight.dtype == torch.bfloat16
+    assert model.model.layers[1].mlp.up_proj.weight.dtype == getattr(torch, storage)
     assert torch.equal(logits_of(model), logits_of(loaded(tmp_path / "bytes")))
     settings = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
     assert settings["llm_int8_skip_modules"] == [*keep, "lm_head"]
