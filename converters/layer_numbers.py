@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from llmcompress.errors import GGUFError, PlanError, shown
 from llmcompress.gguf.value import Metadata, Value, ValueType, array, u32
 
-# Arrays below the architecture's name that have a value for each layer, and those that have not.
+INDEXED = "attention.indexer.types"
+# Arrays with a value for each layer, all but xielu's below the architecture's name, and those that have others.
 OF_LAYERS = {
     "attention.head_count", "attention.head_count_kv", "attention.sliding_window_pattern", "attention.recurrent_layers",
     "feed_forward_length", "expert_feed_forward_length", "expert_used_count", "swiglu_clamp_exp", "swiglu_clamp_shexp",
-    "attention.indexer.types", "xielu.alpha_n", "xielu.alpha_p", "xielu.beta", "xielu.eps", "activation_sparsity_scale",
+    "xielu.alpha_n", "xielu.alpha_p", "xielu.beta", "xielu.eps", "activation_sparsity_scale",
 }  # fmt: skip
 NOT_OF_LAYERS = {"rope.dimension_sections", "classifier.output_labels"}
 SLIDES, RECURS = "attention.sliding_window_pattern", "attention.recurrent_layers"
@@ -87,7 +88,7 @@ def renumbered(metadata: Metadata, layers: KeptLayers) -> Metadata:
     stays in another way."""
     own, changed = f"{layers.architecture}.", dict(metadata)
     for key, value in metadata.items():
-        if key.startswith(own) and value.type is ValueType.ARRAY:
+        if key.startswith((own, "xielu.")) and value.type is ValueType.ARRAY:
             changed[key] = _cut(key, key.removeprefix(own), value, layers)
     _refuse_other_counts(layers)
     for what, same in _kinds(metadata, layers):
@@ -114,6 +115,9 @@ def _number(metadata: Mapping[str, Value], key: str, default: int) -> int:
 
 
 def _cut(key: str, name: str, value: Value, layers: KeptLayers) -> Value:
+    if name == INDEXED:  # layers that predict further tokens have no value
+        _check_choices(value.value, layers)
+        return array(value.item, [value.value[layer] for layer in layers.kept if layer < len(value.value)])
     if name in OF_LAYERS and len(value.value) != layers.count:
         raise GGUFError(
             f"{key} has {len(value.value)} values, there are {layers.count} layers; make or fetch the file again"
@@ -126,6 +130,16 @@ def _cut(key: str, name: str, value: Value, layers: KeptLayers) -> Value:
             "layers from the model that the file was made from: llmcompress prune MODEL --method layers"
         )
     return value
+
+
+def _check_choices(indexed: Sequence[object], layers: KeptLayers) -> None:
+    """A layer without an indexer attends to the tokens that the last layer with one has chosen."""
+    for layer in range(len(indexed)):
+        chooses = max((other for other in range(layer + 1) if indexed[other]), default=0)
+        if layer in layers.kept and chooses in layers.dropped:
+            raise PlanError(
+                f"--layers: layer {layer} takes the tokens that layer {chooses} chooses, which must stay"
+            )
 
 
 def _refuse_other_counts(layers: KeptLayers) -> None:

@@ -37,9 +37,10 @@ FLOAT_TYPES = ("F32", "F16", "BF16")
 EMBEDDING, OUTPUT = "token_embd.weight", "output.weight"
 # Tensors that llama.cpp does not multiply with through its adapters, and so would silently leave as they are, of any
 # architecture and of single ones: tried out, tensor by tensor, on a model of each.
+_LATENT = r"output|blk\.\d+\.(attn_(q|q_a|q_b|kv_a_mqa)|indexer\..*)"
 UNADAPTED = {
     "*": r"position_embd|blk\.\d+\.(attn_[kv]_b|attn_kv_b|.*conv1d|.*_norm)",
-    "deepseek2": r"output|blk\.\d+\.attn_(q|q_a|q_b|kv_a_mqa)",
+    **dict.fromkeys(("deepseek2", "deepseek32", "glm-dsa"), _LATENT),
     "gemma3n": r"altup_(proj|unembd_proj)|per_layer_(model_proj|token_embd)|blk\.\d+\.altup_router",
     "gemma4": r"per_layer_(model_proj|token_embd)",
     "nemotron_h_moe": r"blk\.\d+\.ffn_latent_(down|up)",

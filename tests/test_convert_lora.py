@@ -61,7 +61,9 @@ def test_logits_with_an_adapter_are_pefts(name: str, tiny: Callable[[str], Path]
 # Matrices that llama.cpp does not multiply with through an adapter, or that the GGUF has in another form.
 MLA = {"lm_head", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj"}
 REFUSED = {
-    "deepseek2": MLA, "deepseek3": MLA, "gemma4": {"embed_tokens_per_layer", "per_layer_model_projection"},
+    **dict.fromkeys(("deepseek2", "deepseek3", "glm4-lite"), MLA),
+    **dict.fromkeys(("deepseek32", "glm-dsa"), MLA | {"wq_b", "wk", "weights_proj"}),
+    "gemma4": {"embed_tokens_per_layer", "per_layer_model_projection"},
     "gemma3n": {"embed_tokens_per_layer", "per_layer_model_projection", "altup_projections", "altup_unembed_projections",
                 "modality_router"},
     "nemotron-h-latent": {"fc1_latent_proj", "fc2_latent_proj"}, "rwkv7": {"lora"},

@@ -59,6 +59,7 @@ REFUSED = {
     "gemma4": "num_kv_shared_layers is 2: its last layers take keys and values of earlier ones",
     **dict.fromkeys(("nemotron-h", "nemotron-h-moe", "nemotron-h-latent"), "nothing says how many layers"),
     **dict.fromkeys(("falcon-h1", "falcon-h1-norm"), "mlp_multipliers has 2 values"),
+    "glm-dsa": "indexer_types has 3 values, as many as there are layers; whether they are the layers' is not known",
     "jamba": "layer 1 would have .* where it has .* config.json of this model cannot say",
 }
 LLAMA_CPP_COUNTS = ("gemma2", "gemma3")  # which layers slide: no key says so

@@ -42,6 +42,7 @@ CASES: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "deepseek3": ({"num_hidden_layers": 3}, (0,)),
     "qwen3next": ({}, (0, 1)),
     "gemma3": ({}, (2, 5)),
+    "apertus": ({"num_hidden_layers": 3}, (1,)),  # arrays that lack the architecture's name
     "gpt2": ({}, (0,)),
 }
 QUICK = ("lfm2",)
@@ -256,6 +257,11 @@ def test_numbers_that_follow_from_the_layers() -> None:
         and found["qwen35.nextn_predict_layers"].value == 0
     )
     assert len(found["qwen35.rope.dimension_sections"].value) == 9
+    types = array(ValueType.BOOL, [True, False, True])
+    found = changed("glm-dsa", 4, [1], nextn_predict_layers=u32(1), attention__indexer__types=types)
+    assert found["glm-dsa.attention.indexer.types"].value == [True, True]
+    with pytest.raises(PlanError, match="layer 1 takes the tokens that layer 0 chooses, which must stay"):
+        changed("glm-dsa", 4, [0], nextn_predict_layers=u32(1), attention__indexer__types=types)
     with pytest.raises(GGUFError, match="has 3 values, there are 4 layers"):
         changed("llama", 4, [0], feed_forward_length=array(ValueType.UINT32, [1, 2, 3]))
     with pytest.raises(GGUFError, match="leading_dense_block_count is -1"):
