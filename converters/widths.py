@@ -58,14 +58,9 @@ class Widths:
     def kept(self, part: str, ratio: float) -> int:
         """How many groups of a part stay of each layer. Raises PlanError where none would go."""
         groups = next(site.groups for site in self.sites if site.part == part)
-        wanted = groups * (1 - ratio)
         if part == "attention":
-            left = max(1, round(wanted))
-        else:
-            rounded = [max(1, round(wanted / multiple)) * multiple for multiple in MULTIPLES]
-            near = (count for count in rounded if abs(count - wanted) <= OFF * groups)
-            left = next(near, rounded[-1])
-        return min(left, groups)
+            return min(max(1, round(groups * (1 - ratio))), groups)
+        return rounded_width(groups, ratio)
 
     def smaller_config(self, values: Mapping[str, Any], left: Mapping[str, int]) -> dict[str, Any]:
         """config.json's `values` with `left` groups of each part."""
@@ -77,6 +72,14 @@ class Widths:
             changes["num_key_value_heads"] = left["attention"]
             changes["head_dim"] = self.config.head_dim
         return self.architecture.with_text_values(values, changes)
+
+
+def rounded_width(width: int, ratio: float) -> int:
+    """What stays of a width when about `ratio` of it goes: a multiple that quantizers like, at most `width`."""
+    wanted = width * (1 - ratio)
+    rounded = [max(1, round(wanted / multiple)) * multiple for multiple in MULTIPLES]
+    near = (count for count in rounded if abs(count - wanted) <= OFF * width)
+    return min(next(near, rounded[-1]), width)
 
 
 def widths_of(checkpoint: Checkpoint, parts: tuple[str, ...]) -> Widths:

@@ -194,14 +194,16 @@ def inputs_of(
     parameters: Mapping[str, torch.Tensor],
     products: bool,
     advance: Callable[[int], None] = lambda batch: None,
+    seen_as: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {},
 ) -> LinearInputs:
     """What goes into a block's matrices: each batch's own, which may run side by side, added up in order.
 
-    run: `through` or `visit` of a Lockstep's block. advance: called with each batch that is through."""
+    run: `through` or `visit` of a Lockstep's block. advance: called with each batch that is through. seen_as: as of
+    LinearInputs."""
     matrices, total, watches = _matrices(parameters), LinearInputs({}, products), {}
 
     def watch(batch: int) -> LinearInputs:
-        watches[batch] = LinearInputs(matrices, products, batch)
+        watches[batch] = LinearInputs(matrices, products, batch, seen_as)
         return watches[batch]
 
     def seen(batch: int, output: torch.Tensor) -> None:

@@ -55,17 +55,19 @@ class LinearInputs(TorchFunctionMode):
     """While active, adds up the inputs of the parameters it watches.
 
     sums: by parameter name, for those that got any input. nonfinite: parameter, batch (as the caller keeps it in
-    `batch`) and number of tokens whose inputs held a NaN or infinity; these tokens are left out of the sums.
+    `batch`) and number of tokens whose inputs held a NaN or infinity; these tokens are left out of the sums. seen_as: by
+    parameter what is added up in place of its inputs (..., inputs).
     """
 
     def __init__(
-        self, parameters: Mapping[str, torch.Tensor], products: bool = False, batch: int = 0
-    ) -> None:
+        self, parameters: Mapping[str, torch.Tensor], products: bool = False, batch: int = 0,
+        seen_as: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {},
+    ) -> None:  # fmt: skip
         super().__init__()
         self.sums: dict[str, InputSums] = {}
         self.nonfinite: list[tuple[str, int, int]] = []
         self.batch = batch
-        self._products = products
+        self._products, self._seen_as = products, seen_as
         self._owners = {_storage(value): (name, value) for name, value in parameters.items()}
         self._last: tuple[torch.Tensor, int, Any] | None = None
 
@@ -95,6 +97,8 @@ class LinearInputs(TorchFunctionMode):
         with (
             torch._C.DisableTorchFunction()
         ):  # other modes have no business here, and took a third of the time
+            if name in self._seen_as:
+                inputs = self._seen_as[name](inputs)
             tokens, squares, products, left_out = self._of(inputs)
             if left_out:
                 self.nonfinite.append((name, self.batch, left_out))

@@ -82,9 +82,9 @@ def prune(
         Optional[str], typer.Option("--layers", metavar="NUMBERS", help="The layers that go, such as 20,21 or 20-22; no --drop.")
     ] = None,
     ratio: Annotated[
-        Optional[float], typer.Option("--ratio", metavar="SHARE", help="Of the width, or of each layer's experts, that goes; of svd, of what two factors save.")
+        Optional[float], typer.Option("--ratio", metavar="SHARE", help="Of the width, of each layer's experts, or of the ranks, that goes; of linears without ranks, of what two factors save.")
     ] = None,
-    rank: Annotated[Optional[int], typer.Option("--rank", metavar="N", help="Of every linear, for svd.")] = None,
+    rank: Annotated[Optional[int], typer.Option("--rank", metavar="N", help="What is left of every rank, for svd; without ranks in config.json, of every linear.")] = None,
     hessian: Annotated[
         Optional[str], typer.Option("--hessian", metavar="DIR", help="A folder by calibrate --hessian, for svd; without one the model is calibrated on the way.")
     ] = None,
@@ -240,7 +240,23 @@ SAME = ("method", "sparsity", "pattern", "whole_model", "by_score", "allocate", 
 
 
 def _low_rank(given: dict[str, Any]) -> None:
-    """Linears of low rank: svd."""
+    """Linears of low rank, svd: of the ranks that the architecture has, or where it has none, of all."""
+    from llmcompress.checkpoint import Checkpoint
+    from llmcompress.converters.ranks import pairs_of
+
+    with Checkpoint.open(given["model"]) as checkpoint:
+        checkpoint.require_plain()
+        pairs = pairs_of(checkpoint)
+    if pairs:
+        if stray := [f"--{name.replace('_', '-')}" for name in ("hessian", "max_ram") if given[name]]:
+            raise RecipeError(f"{stray[0]}: not for a model with ranks in its config.json, which runs block by block")
+        structure_command.make_smaller(given)
+    else:
+        _truncated(given)
+
+
+def _truncated(given: dict[str, Any]) -> None:
+    """Every linear the product of two factors."""
     from llmcompress import model_display
     from llmcompress.converters.truncation import plan_truncation, run_truncation
     from llmcompress.display import show_result

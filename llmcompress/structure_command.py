@@ -1,4 +1,4 @@
-"""What `llmcompress prune` does where layers, widths or experts go."""
+"""What `llmcompress prune` does where layers, widths, experts or ranks go."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 
 
 def make_smaller(given: dict[str, Any]) -> None:
-    """--method layers, width, experts: `given` holds the command's options. Raises LlmcompressError."""
+    """--method layers, width, experts, and svd of ranks: `given` holds the command's options. Raises LlmcompressError."""
     from llmcompress import model_display
     from llmcompress.converters.structure import JOBS
     from llmcompress.gguf_source import is_gguf
     from llmcompress.structure_options import StructureOptions, parse_layers, parse_parts
 
-    same = ("method", "drop", "ratio", "by", "chunk", "seed", "dtype", "batch_tokens", "device", "threads")
+    same = ("method", "drop", "ratio", "rank", "by", "chunk", "seed", "dtype", "batch_tokens", "device", "threads")
     options = StructureOptions(
         **{name: given[name] for name in same},
         **{name: given[name] and parse_size(given[name], f"--{name.replace('_', '-')}") for name in ("hidden_ram", "split_max_size")},

@@ -8,11 +8,12 @@ from typing import Any
 
 from llmcompress.errors import RecipeError, nearest
 
-STRUCTURES = ("layers", "width", "experts")
+STRUCTURES = ("layers", "width", "experts", "svd")
 BY = {
     "layers": ("kl", "loss", "influence"),
     "width": ("reconstruction", "norm"),
     "experts": ("reap", "output", "use"),
+    "svd": ("reconstruction",),
 }
 PARTS = ("ffn", "attention")
 RUN_ONLY = {"device", "hidden_ram", "split_max_size", "threads"}
@@ -23,7 +24,7 @@ class StructureOptions:
     """Fields behind `device` only say how the job is run.
 
     drop: how many layers, or experts of each layer. layers: those that go, in place of a choice. ratio: share of the
-    width or of the experts that goes. by: how importance is measured, a word of BY, the first where None.
+    width, the experts or the ranks that goes. rank: what is left of them, for svd. by: how importance is measured, a word of BY, the first where None.
     parts: of PARTS, for widths.
     """
 
@@ -31,6 +32,7 @@ class StructureOptions:
     drop: int | None = None
     layers: tuple[int, ...] = ()
     ratio: float | None = None
+    rank: int | None = None
     by: str | None = None
     parts: tuple[str, ...] = PARTS
     data: tuple[str, ...] = ("default",)
@@ -52,11 +54,12 @@ class StructureOptions:
             _one_of("--parts", part, PARTS)
         if self.ratio is not None and not 0 < self.ratio < 1:
             raise RecipeError(f"--ratio {self.ratio:g}: is no share; give a number above 0 and below 1")
-        if self.drop is not None and self.drop < 1:
-            raise RecipeError(f"--drop {self.drop}: give at least 1")
+        for name in ("drop", "rank"):
+            if (count := getattr(self, name)) is not None and count < 1:
+                raise RecipeError(f"--{name} {count}: give at least 1")
         ways = {
             "layers": {"--drop": self.drop, "--layers": self.layers}, "width": {"--ratio": self.ratio},
-            "experts": {"--drop": self.drop, "--ratio": self.ratio},
+            "experts": {"--drop": self.drop, "--ratio": self.ratio}, "svd": {"--rank": self.rank, "--ratio": self.ratio},
         }[self.method]  # fmt: skip
         if sum(bool(value) for value in ways.values()) != 1:
             raise RecipeError(f"--method {self.method}: say how much goes, by {' or '.join(ways)}")

@@ -149,12 +149,12 @@ def test_a_killed_job_goes_on_behind_its_last_block(
     narrow(tiny("llama"), tmp_path / "undisturbed", given(root, ratio=0.5))
     chosen, choose = [], narrowing._Blocks._choose
 
-    def killed(self, block: int) -> None:
+    def killed(self, block: int) -> dict[str, torch.Tensor]:
         if block == 1 and len(chosen) < 2:
             chosen.append("killed")
             raise KeyboardInterrupt
         chosen.append(block)
-        choose(self, block)
+        return choose(self, block)
 
     monkeypatch.setattr(narrowing._Blocks, "_choose", killed)
     with pytest.raises(KeyboardInterrupt):

@@ -28,7 +28,7 @@ def kept_by_reconstruction(
     weights: torch.Tensor, products: torch.Tensor, group: int, count: int
 ) -> torch.Tensor:
     """As `kept_by_norm`, by what cannot be made up for."""
-    weights, inverse = weights.double(), _inverse(_damped(products))
+    weights, inverse = weights.double(), _inverse(damped(products))
     groups = weights.shape[1] // group
     left = torch.ones(groups, dtype=torch.bool, device=weights.device)
     at_once = -(-count // ROUNDS)
@@ -51,9 +51,9 @@ def reconstructed(weights: torch.Tensor, products: torch.Tensor, kept: torch.Ten
 
     kept: int64, numbers of inputs. They minimise ‖X·Wᵀ − X_kept·W′ᵀ‖², damped towards what they were. Raises RunError.
     """
-    damped = _damped(products)
-    right = (weights.double() @ damped[:, kept]).T
-    factor, failed = torch.linalg.cholesky_ex(damped[kept][:, kept])
+    hessian = damped(products)
+    right = (weights.double() @ hessian[:, kept]).T
+    factor, failed = torch.linalg.cholesky_ex(hessian[kept][:, kept])
     if failed:
         raise RunError(f"the products of {len(kept)} inputs are not positive definite; give more --tokens")
     return torch.cholesky_solve(right, factor).T.float()
@@ -68,16 +68,17 @@ def _errors(weights: torch.Tensor, inverse: torch.Tensor, group: int) -> torch.T
     return (torch.linalg.solve(blocks, parts.transpose(1, 2)) * parts.transpose(1, 2)).sum((1, 2))
 
 
-def _damped(products: torch.Tensor) -> torch.Tensor:
-    damped = products.double()
-    mean = damped.diagonal().mean()
+def damped(products: torch.Tensor) -> torch.Tensor:
+    """XᵀX, float64, with a little on its diagonal. Raises RunError where it says nothing."""
+    hessian = products.double()
+    mean = hessian.diagonal().mean()
     if not torch.isfinite(mean) or mean <= 0:
         raise RunError("its inputs were zeros, NaNs or infinities in all of the text; give other --data")
-    return damped + DAMPING * mean * torch.eye(len(damped), dtype=damped.dtype, device=damped.device)
+    return hessian + DAMPING * mean * torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
 
 
-def _inverse(damped: torch.Tensor) -> torch.Tensor:
-    factor, failed = torch.linalg.cholesky_ex(damped)
+def _inverse(hessian: torch.Tensor) -> torch.Tensor:
+    factor, failed = torch.linalg.cholesky_ex(hessian)
     if failed:
-        raise RunError(f"the products of {len(damped)} inputs are not positive definite; give more --tokens")
+        raise RunError(f"the products of {len(hessian)} inputs are not positive definite; give more --tokens")
     return torch.cholesky_inverse(factor)
