@@ -16,7 +16,7 @@ from llmcompress.errors import LlmcompressError, RecipeError
 from llmcompress.gguf.reader import GGUFFile
 from llmcompress.grids import GRIDS
 from llmcompress.grids.integer import integer_grid
-from llmcompress.methods import joint, sparsegpt
+from llmcompress.methods import gptq, joint, sparsegpt
 from llmcompress.methods.exact_zero import keeps_zeros, zero_code
 from llmcompress.methods.gptq import Solver
 from llmcompress.methods.joint import Pruning
@@ -47,11 +47,15 @@ def test_jointly_is_better_than_rounding_what_is_left(grid: str, pattern: str) -
     found = kind.dequantize(joint.quantize(weights, kind, solver, None, "normal", pruning, act_order))
     swept = sparsegpt.prune(weights, solver, 0.5, pruning.pattern, by_row=True)
     after = kind.dequantize(kind.quantize(swept, solver.importance, "normal"))
-    assert (found[swept == 0] == 0).all() and ((found == 0).sum(1) >= 256).all()
+    assert ((found == 0).sum(1) >= 256).all()
+    assert not pattern or ((found.reshape(-1, 4) == 0).sum(1) >= 2).all()
     if grid == "Q8_0":  # whose codes GPTQ does not choose
         assert np.array_equal(found, after)
     else:
         assert error(weights, found, products) < error(weights, after, products)
+        once = kind.dequantize(gptq.quantize(swept, kind, solver, "normal", act_order, swept == 0))
+        share = 1 if grid == "Q6_K" else 0.97  # whose errors are small beside those of what went
+        assert error(weights, found, products) < share * error(weights, once, products)
 
 
 def test_rows_do_not_depend_on_each_other() -> None:

@@ -74,8 +74,36 @@ def test_what_stays_makes_up_for_what_goes() -> None:
     masked = np.where(wanda.mask(weights, products.diagonal() / 768, 0.5), 0, weights)
     swept, settled = (sparsegpt.prune(weights, solver, 0.5, effort=effort) for effort in ("fast", "normal"))
     assert error(weights, swept, products) < 0.8 * error(weights, masked, products)
-    assert error(weights, settled, products) < 0.8 * error(weights, swept, products)
-    assert np.array_equal(swept == 0, settled == 0)
+    assert error(weights, settled, products) < 0.7 * error(weights, swept, products)
+    assert np.array_equal((swept == 0).sum(1), (settled == 0).sum(1))
+
+
+def without(weights: np.ndarray, found: np.ndarray, i: int, hessian: np.ndarray) -> float:
+    other = found.copy()
+    other[i] = 0
+    return error(weights[None], other[None], hessian)
+
+
+@pytest.mark.parametrize("group", [16, 4])
+def test_no_exchange_is_left_that_would_help(group: int) -> None:
+    """Of one of the cheapest weights of a row for any other of its group, with all others held."""
+    weights, products = layer(6, 16)
+    hessian = (products + 0.03 * products.diagonal().mean() * np.eye(16)).astype(np.float32)
+    found = np.where(np.arange(16) % 4 < 1, weights, 0).astype(np.float32)  # a quarter is too much gone
+    before = error(weights, found, hessian)
+    for _ in range(20):
+        sparsegpt.exchange(found, (weights - found) @ hessian, hessian, group, group // 2)
+    assert ((found.reshape(6, -1, group) == 0).sum(2) == group // 2).all()
+    assert error(weights, found, hessian) < before
+    for w, x in zip(weights, found):
+        now = error(w[None], x[None], hessian)
+        stays = np.flatnonzero(x)
+        for i in stays[np.argsort([without(w, x, i, hessian) for i in stays])]:
+            for j in np.flatnonzero((x == 0) & (np.arange(16) // group == i // group)):
+                other = x.copy()
+                other[i] = 0
+                other[j] = (w - other) @ hessian[j] / hessian[j, j]
+                assert error(w[None], other[None], hessian) > now * (1 - 1e-4)
 
 
 def test_settled_is_the_least_squares_of_every_row() -> None:
@@ -107,4 +135,5 @@ def test_dead_inputs_touch_no_other() -> None:
     products[5], products[:, 5] = 0, 0
     found = sparsegpt.prune(weights, Solver.of(products), 0.5, parse_pattern("2:4"))
     stays = found[:, 5] != 0
-    assert np.array_equal(found[stays, 5], weights[stays, 5]) and np.isfinite(found).all()
+    np.testing.assert_allclose(found[stays, 5], weights[stays, 5], rtol=1e-6)
+    assert np.isfinite(found).all()

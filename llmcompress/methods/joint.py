@@ -2,7 +2,8 @@
 
 What SparseGPT leaves is the least squares of what stays, so an error beside that counts as one beside the weights themselves
 does. Scales fitted on it are better than those fitted on the weights before: e H e 1.5 against 2.0 of pruning's alone,
-Q3_K at half of the weights, a block of sample-llama-6m; 2.1 rounded to nearest. Where a number format holds no exact zero, GPTQ fills
+Q3_K at half of the weights, a block of sample-llama-6m; 2.1 rounded to nearest. Then what goes is chosen again, from what
+rounding has left: some of what stayed became zero, and weights that look small between others may be what makes up for them. Where a number format holds no exact zero, GPTQ fills
 what was zero as any other weight.
 """
 
@@ -18,7 +19,11 @@ from llmcompress.errors import PlanError
 from llmcompress.grids.grid import Grid
 from llmcompress.methods import gptq, sparsegpt, wanda
 from llmcompress.methods.exact_zero import keeps_zeros, zero_code
-from llmcompress.methods.masks import Pattern, matching_pattern
+from llmcompress.methods.masks import Pattern, count_of, matching_pattern
+
+# Of choosing again. e H e of Q3_K over that of the first choice, sample-llama-6m's q of block 1, o of 2, up of 3, down of 4:
+# 0.93, 0.94, 0.94, 0.96 after one, 0.91, 0.92, 0.91, 0.95 after two, 0.89, 0.90, 0.89, 0.94 after three.
+CHOICES = {"fast": 0, "normal": 3, "best": 6}
 
 
 @dataclass(frozen=True)
@@ -69,5 +74,26 @@ def quantize(
             np.where(wanda.mask(weights, squares, share, pattern), 0, weights), importance, effort
         )
     left = sparsegpt.prune(weights, solver, share, pattern, effort, by_row=True)
-    gone = None if zero_code(grid) is None else left == 0
-    return gptq.quantize(left, grid, solver, effort, act_order, gone)
+    if zero_code(grid) is None:
+        return gptq.quantize(left, grid, solver, effort, act_order)
+    if pattern:
+        group, zeros = pattern.group, pattern.group - pattern.kept
+    else:
+        group = weights.shape[1]
+        zeros = sum(count_of(len(range(group)[block]), share) for block in sparsegpt.blocks(group, None))
+    data = gptq.quantize(left, grid, solver, effort, act_order, left == 0)
+    best = data.copy()
+    least = _errors(weights - grid.dequantize(data), solver)
+    for _ in range(CHOICES[effort]):
+        values, rounds = grid.dequantize(data), sparsegpt.ROUNDS[effort]
+        left = sparsegpt.rechosen(weights, values, solver.damped, rounds, group, zeros)
+        data = gptq.quantize(left, grid, solver, effort, act_order, left == 0)
+        found = _errors(weights - grid.dequantize(data), solver)
+        better = found < least
+        best[better], least[better] = data[better], found[better]
+    return best
+
+
+def _errors(errors: np.ndarray, solver: gptq.Solver) -> np.ndarray:
+    """e H eᵀ of every row."""
+    return (gptq.product(errors, solver.hessian) * errors).sum(1)
