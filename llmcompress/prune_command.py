@@ -249,7 +249,9 @@ def _low_rank(given: dict[str, Any]) -> None:
         pairs = pairs_of(checkpoint)
     if pairs:
         if stray := [f"--{name.replace('_', '-')}" for name in ("hessian", "max_ram") if given[name]]:
-            raise RecipeError(f"{stray[0]}: not for a model with ranks in its config.json, which runs block by block")
+            raise RecipeError(
+                f"{stray[0]}: not for a model with ranks in its config.json, which runs block by block"
+            )
         structure_command.make_smaller(given)
     else:
         _truncated(given)

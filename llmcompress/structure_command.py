@@ -22,7 +22,19 @@ def make_smaller(given: dict[str, Any]) -> None:
     from llmcompress.gguf_source import is_gguf
     from llmcompress.structure_options import StructureOptions, parse_layers, parse_parts
 
-    same = ("method", "drop", "ratio", "rank", "by", "chunk", "seed", "dtype", "batch_tokens", "device", "threads")
+    same = (
+        "method",
+        "drop",
+        "ratio",
+        "rank",
+        "by",
+        "chunk",
+        "seed",
+        "dtype",
+        "batch_tokens",
+        "device",
+        "threads",
+    )
     options = StructureOptions(
         **{name: given[name] for name in same},
         **{name: given[name] and parse_size(given[name], f"--{name.replace('_', '-')}") for name in ("hidden_ram", "split_max_size")},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 import torch
 import transformers
 from llama_cpp import Model
+from llmcompress.converters import dropping
 from llmcompress.converters.calibration import rows_of
 from llmcompress.converters.dropping import drop_layers, state_file
 from llmcompress.converters.smaller_folder import calibration_options
@@ -97,9 +99,10 @@ def sample(root: Path) -> Path:
 
 @pytest.mark.parametrize("by", ["loss", "kl"])
 def test_a_run_measures_what_evaluating_each_smaller_model_would(
-    by: str, sample: Path, root: Path, tmp_path: Path
+    by: str, sample: Path, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The second round's, which branch off a model that lacks a layer, and are held against the whole one."""
+    monkeypatch.setattr(dropping, "MORE", ())
     text = root / "tests" / "data" / "richard-iii.txt"
     given = StructureOptions("layers", drop=2, data=(str(text),), tokens=1024, chunk=128, dtype="f32", by=by)
     report = drop_layers(sample, tmp_path / "smaller", given)
@@ -129,6 +132,33 @@ def losses_on_rows(artefact: Path, reference: Path, given: StructureOptions) -> 
     return {"kl": kl / count, "loss": loss / count}
 
 
+@pytest.mark.slow
+def test_layers_between_which_the_text_does_not_tell_are_measured_on_more(
+    sample: Path, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(layers, "TIED", 8)
+    text = str(root / "tests" / "data" / "richard-iii.txt")
+    given = StructureOptions("layers", drop=1, data=(text,), tokens=512, chunk=128, dtype="f32")
+    (found,) = drop_layers(sample, tmp_path / "smaller", given).went["figures"]
+    (closer, closest) = found["closer"]
+    assert (closer["tokens"], closest["tokens"]) == (2048, 2144)  # that is all of it
+    assert found["layer"] == min(closest["kl"], key=closest["kl"].get) and 0 not in closest["kl"]
+    wanted = losses_on_rows(tmp_path / "smaller", sample, replace(given, tokens=2144))["kl"]
+    assert closest["kl"][found["layer"]] == pytest.approx(wanted, rel=1e-3)
+    note = json.loads((tmp_path / "smaller" / "prune.json").read_text())["notes"][-1]
+    assert note.startswith(f"layer {found['layer']} went, and not ") and "on 2144 tokens" in note
+
+
+def test_a_tie_is_less_than_two_standard_errors_of_the_rows_differences() -> None:
+    common, chance = np.arange(100.0), np.random.default_rng(0)
+    apart = chance.standard_normal(100)
+    apart = (apart - apart.mean()) / apart.std(ddof=1)  # a mean's standard error is a tenth
+    found = {3: common, 5: common + 0.19 + apart, 7: common + 0.21 + apart, 9: common + 0.1}
+    assert layers.tied(found) == [3, 5]
+    assert layers.difference(found[5], common).error == pytest.approx(0.1)
+    assert layers.tied({layer: rows[:1] for layer, rows in found.items()})[1:]  # a single row tells nothing
+
+
 def test_a_killed_search_goes_on(
     sample: Path, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -140,6 +170,7 @@ def test_a_killed_search_goes_on(
         chunk=128,
         dtype="f32",
     )
+    monkeypatch.setattr(dropping, "MORE", ())
     wanted = drop_layers(sample, tmp_path / "undisturbed", given)
     runs, measure = [], layers.losses
 
@@ -212,7 +243,7 @@ def test_a_list_of_unknown_meaning_is_refused(sample: Path, tmp_path: Path) -> N
     [
         (
             {"method": "layer", "drop": 1},
-            "--method layer: is none of layers, width, experts; did you mean 'layers'",
+            "--method layer: is none of layers, width, experts, svd; did you mean 'layers'",
         ),
         ({"method": "layers"}, "say how much goes, by --drop or --layers"),
         ({"method": "layers", "drop": 1, "layers": (1,)}, "say how much goes"),

@@ -12,7 +12,6 @@ import pytest
 import torch
 from llama_cpp import Model
 from llmcompress.converters.lowering import lower_ranks
-from llmcompress.converters.rebuilding import Rebuilding
 from safetensors.torch import load_file, save_file
 from test_architectures import assert_same_logits, ids_of
 from test_dropping import load
@@ -20,7 +19,6 @@ from typer.testing import CliRunner
 
 import llmcompress
 from llmcompress.cli import app
-from llmcompress.errors import PlanError
 from llmcompress.methods import latent
 from llmcompress.structure_options import StructureOptions
 

@@ -5,20 +5,28 @@ where a block hardly turns the hidden states. It takes one run. What is lost is 
 each token of the text that is read, or the mean KL of the next token's distribution from the whole model's. One run measures all: the model's own batches go through the blocks,
 and in front of every block copies of them branch off that leave it out and take all that follow. So a block's weights
 are read once, and what lies before a candidate is computed once. Dropping several is a greedy search, a run for each.
+
+What is lost differs much from text to text. So figures are kept by row of tokens, and the difference of two layers has the
+standard error of the rows' differences (`tied`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
+import numpy as np
 import torch
 
 from llmcompress.blocks import Lockstep
-from llmcompress.divergence import Divergence
+from llmcompress.divergence import Divergence, Estimate, TokenFigures
 from llmcompress.evaluate import scored
 from llmcompress.progress import Progress
 
-LOSSES = {"loss": "ln_perplexity_ratio", "kl": "mean_kl"}  # figures of Divergence
+LOSSES: dict[str, Callable[[TokenFigures], np.ndarray]] = {
+    "loss": lambda tokens: tokens.nll - tokens.reference_nll,
+    "kl": lambda tokens: tokens.kl,
+}
+TIED = 2  # standard errors, by which the best has to lead
 
 
 @torch.no_grad()
@@ -45,8 +53,9 @@ def influence(model: Lockstep, batches: Sequence[torch.Tensor], progress: Progre
 def losses(
     model: Lockstep, batches: Sequence[torch.Tensor], candidates: Sequence[int], whole: Sequence[torch.Tensor] | None,
     progress: Progress, measure: str = "loss",
-) -> tuple[list[float], list[torch.Tensor]]:  # fmt: skip
-    """What is lost by `measure`, one of LOSSES, in nats a token, when each of the `candidates`, rising numbers of blocks, is left out.
+) -> tuple[list[np.ndarray], list[torch.Tensor]]:  # fmt: skip
+    """What is lost by `measure`, one of LOSSES, when each of the `candidates`, rising numbers of blocks, is left out: float64
+    (rows,), in nats a token, each row's share of the mean of all tokens times the number of rows.
 
     batches: int64 (rows, tokens), a token or more of each predicted. whole: what the whole model's last block gave for them, (rows,
     tokens, hidden); None where `model` is whole. Returns that, too.
@@ -72,27 +81,49 @@ def losses(
     whole = [model.hidden(batch) for batch in range(runs)] if whole is None else list(whole)
     for batch, hidden in enumerate(whole):
         model.branch(len(model.blocks) - 1, runs + batch, hidden)
-    return _compared(model, batches, list(first.values()), LOSSES[measure]), whole
+    return _compared(model, batches, list(first.values()), measure), whole
+
+
+def difference(one: np.ndarray, other: np.ndarray) -> Estimate:
+    """The mean of `one` less that of `other`, of the same rows, and its standard error, None of a single row."""
+    apart = one - other
+    error = float(apart.std(ddof=1)) / len(apart) ** 0.5 if len(apart) > 1 else None
+    return Estimate(float(apart.mean()), error)
+
+
+def tied(found: Mapping[int, np.ndarray]) -> list[int]:
+    """The layer of the least figure, and those that lie no more than TIED standard errors above it."""
+    best = min(found, key=lambda layer: found[layer].mean())
+    apart = {layer: difference(rows, found[best]) for layer, rows in found.items()}
+    close = (
+        layer
+        for layer, by in apart.items()
+        if layer != best and (by.error is None or by.value <= TIED * by.error)
+    )
+    return [best, *close]
 
 
 def _compared(
-    model: Lockstep, batches: Sequence[torch.Tensor], firsts: Sequence[int], figure: str
-) -> list[float]:
-    """A figure of Divergence of the copies that begin at `firsts`, beside those behind the batches themselves."""
-    found = [Divergence() for _ in firsts]
+    model: Lockstep, batches: Sequence[torch.Tensor], firsts: Sequence[int], measure: str
+) -> list[np.ndarray]:
+    """The figure of the copies that begin at `firsts`, beside those behind the batches themselves, by row."""
+    found: list[list[float]] = [[] for _ in firsts]
     order = [first + batch for batch in range(len(batches)) for first in (len(batches), *firsts)]
-    logits = model.finish(order)
+    logits, count = model.finish(order), 0
     for batch in batches:
         at = scored(batch.shape[1], "transformers")
         reference = next(logits)
-        for divergence in found:
+        for sums in found:
             without = next(logits)
             for row, tokens in enumerate(batch):
+                divergence = Divergence()
                 targets = tokens[at.start + 1 : at.stop + 1].to(reference.device)
                 divergence.add(reference[row, at], without[row, at], targets)
+                sums.append(float(LOSSES[measure](divergence.per_token()).sum()))
             del without
+        count += batch[:, at].numel()
         del reference
-    return [divergence.summary()[figure].value for divergence in found]
+    return [np.array(sums) * (len(sums) / count) for sums in found]
 
 
 def _behind(candidates: Sequence[int], block: int) -> int:

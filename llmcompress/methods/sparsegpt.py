@@ -61,7 +61,9 @@ def prune(
         rows = slice(first, first + SETTLED)
         left[rows] = settle(weights[rows], left[rows], hessian, ROUNDS[effort])
     for _ in range(EXCHANGES[effort]):
-        left = rechosen(weights, left, hessian, ROUNDS[effort], pattern.group if pattern else columns, columns)
+        left = rechosen(
+            weights, left, hessian, ROUNDS[effort], pattern.group if pattern else columns, columns
+        )
     return left
 
 
