@@ -9,7 +9,8 @@ table: perplexity on held-out text of the dense model and of what `prune` makes 
     of dividing half of the weights up: over the whole model, by the rows' scores, by the blocks' outliers (OWL).
 joint: mean KL divergence of a Q3_K file whose weights were pruned and rounded in one sweep, and of those that were pruned
     first and quantized after, on the same tokens.
-memory: peak of pruning a large bf16 checkpoint by sparsegpt, its sweep alone, above the interpreter with its libraries.
+memory: peak of pruning a large bf16 checkpoint by sparsegpt, its sweep alone (the rest would take two cores hours),
+    above the interpreter with its libraries.
 
 Prints the rows of each part, with bars and whether they are met.
 """
@@ -181,6 +182,8 @@ def memory(size: str, tokens: str, work: Path) -> None:
         out,
         "--method",
         "sparsegpt",
+        "--effort",
+        "fast",
         "--tokens",
         tokens,
     ]
