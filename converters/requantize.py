@@ -51,7 +51,7 @@ def plan_tensors(
     metadata |= {"general.name": string(recipe.name)} if recipe.name else {}
     metadata |= {"tokenizer.ggml.pre": string(recipe.pre)} if recipe.pre else {}
     return make_plan(
-        source, steps, recipe, out, _traits(source, bool(recipe.imatrix)), metadata, importance_source(source, steps, recipe),
+        source, steps, recipe, out, traits(source, bool(recipe.imatrix)), metadata, importance_source(source, steps, recipe),
         _warning(source, recipe), MeasuredFallback(source, recipe.effort) if recipe.fallback == "best" else None,
         Target(source, recipe, progress) if recipe.has_target else None,
     )  # fmt: skip
@@ -71,7 +71,7 @@ def _warning(source: GGUFSource, recipe: Recipe) -> list[str]:
     ]
 
 
-def _traits(source: GGUFSource, has_imatrix: bool) -> ModelTraits:
+def traits(source: GGUFSource, has_imatrix: bool) -> ModelTraits:
     """What the rules for types ask of a model. Raises GGUFError where the metadata does not say it."""
     name = _value(source, "general.architecture", str)
     heads = _value(source, f"{name}.attention.head_count", int, 0)

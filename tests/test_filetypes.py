@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
 import gguf
 import pytest
+from llmcompress.converters.families import ARCHITECTURES
 from snapshot_models import SNAPSHOTS, dense_block, rebuilt
 
 from llmcompress.errors import PlanError, RecipeError
@@ -61,6 +63,27 @@ def test_every_decision_of_llama_cpp(name, request):
     assert not wrong
     assert len(sections) == 33
     assert decisions == expected_decisions
+
+
+def test_a_tiny_model_of_every_family_gets_the_types_of_llama_quantize():
+    """tools/type_snapshots.py has written what that made of them."""
+    wrong, known, decisions = [], set(), 0
+    for line in (GOLDEN / "families.jsonl").read_text().splitlines():
+        held = json.loads(line)
+        traits = ModelTraits(*held["traits"], has_imatrix=False)
+        known.add(traits.architecture)
+        tensors = [(name, tuple(shape), "F32") for name, shape in held["tensors"].items()]
+        for file_type, others in held["types"].items():
+            expected = {name: kind for kind, names in others.items() for name in names}
+            choices = choose_types(FILE_TYPES[file_type], tensors, traits)
+            for (name, _, _), choice in zip(tensors, choices, strict=True):
+                decisions += 1
+                if choice.type != expected.get(name, FILE_TYPES[file_type].default):
+                    wrong.append((held["model"], file_type, name))
+    assert not wrong and decisions == 9852
+    assert {family.name for family in ARCHITECTURES} - known == {
+        "rwkv7"
+    }  # which transformers has no code for
 
 
 def test_the_snapshots_hold_as_many_decisions_as_they_did():

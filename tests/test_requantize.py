@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from llama_cpp import Model
-from llmcompress.converters.requantize import _traits
+from llmcompress.converters.requantize import traits
 from llmcompress.converters.to_gguf import plan_gguf
 
 import llmcompress
@@ -96,7 +96,7 @@ def test_heads_are_those_of_the_first_block() -> None:
         source = SimpleNamespace(
             path=Path("x.gguf"), metadata=metadata | {"general.architecture": string("nemotron_h")}
         )
-        assert _traits(source, False).heads_per_value == expected
+        assert traits(source, False).heads_per_value == expected
 
 
 @pytest.mark.slow
