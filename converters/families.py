@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from llmcompress.converters.apertus import APERTUS
 from llmcompress.converters.arcee import ARCEE
 from llmcompress.converters.architecture import Architecture, steps_of
@@ -176,10 +178,21 @@ def find_architecture(config: Config) -> Architecture:
             raise PlanError(
                 f"config.json: {name}: llama.cpp has no graph for this class, so no GGUF of it would run"
             )
+    unknown = f"config.json: no table for {' or '.join(map(str, classes))}"
+    underneath = _class_of_type(str(config.get("model_type")))
+    if underneath:
+        raise PlanError(
+            f"{unknown}, but its model_type is {config.get('model_type')}; --architecture {underneath} converts it as that"
+        )
     raise PlanError(
-        f"config.json: no table for {' or '.join(map(str, classes))}{nearest(str(classes[0]), CLASSES)} "
-        "; if it is one of those underneath, name that with --architecture"
+        f"{unknown}{nearest(str(classes[0]), CLASSES)}; if it is one there is a table for underneath, name that with --architecture"
     )
+
+
+def _class_of_type(model_type: str) -> str | None:
+    """The class there is a table for that config.json's model_type stands for: deepseek_v3 for DeepseekV3ForCausalLM."""
+    plain = re.sub("[-_]", "", model_type.lower())
+    return next((name for name in CLASSES if name.lower().removesuffix("forcausallm") == plain), None)
 
 
 def class_called(name: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,9 @@ import llmcompress
 from llmcompress.checkpoint import Checkpoint
 
 NAMES = [*MODELS, *(f"{name}-fused" for name in FUSED)]
+ONE_OF_EACH = (
+    "llama-3", "mistral", "qwen2-yarn", "qwen3", "gemma2", "gemma3", "phi3-longrope", "gpt2", "mixtral", "qwen3moe-fused",
+)  # fmt: skip
 TOKENS = 256  # far enough for sliding windows of 16 and the long-context scalings to show
 TEXT = (
     "Once upon a time there was a little girl. She said: 'Prince Andrew, what is 12 + 30?' def f(x): return x * 2\n"
@@ -71,60 +75,57 @@ def assert_reads_back(path: Path, folder: Path) -> None:
             )  # of arithmetic and its inverse
 
 
+def check_a_k_type(path: Path, ids: list[int], wanted: np.ndarray) -> None:
+    with Model(path) as model:
+        assert np.abs(model.logits(ids) - wanted).mean() < 0.1 * np.ptp(wanted)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_f32_logits_are_transformers_logits(name: str, tokenizers: dict[str, Path], tmp_path: Path) -> None:
     folder = build(name, tmp_path / "tiny", tokenizers)
     ids = ids_of(folder)
-    result = llmcompress.quantize(folder, tmp_path / "{type}.gguf", type="F32", verify="full")
+    result = llmcompress.quantize(folder, tmp_path / "{type}.gguf", type=["F32", "Q4_K_M"], verify="full")
     assert max(tensor.relative_error for tensor in result.outputs[0].tensors) == 0
+    wanted = expected(folder, ids)
     with Model(result.paths[0]) as model:
-        assert_same_logits(model.logits(ids), expected(folder, ids), 1e-3)
+        assert_same_logits(model.logits(ids), wanted, 1e-3)
+    check_a_k_type(result.paths[1], ids, wanted)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MORE)
 def test_logits_are_transformers_and_a_k_type_runs(
-    name: str, tokenizers: dict[str, Path], tmp_path: Path
+    name: str, tiny: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    folder, tiny = build(name, tmp_path / "tiny", tokenizers, models=MORE), MORE[name][0]
+    folder, made = tiny(name), MORE[name][0]
     ids = ids_of(folder)
-    source = relabelled(tiny, folder, tmp_path / "tiny-relabelled") if tiny.relabel else folder
+    source = relabelled(made, folder, tmp_path / "tiny-relabelled") if made.relabel else folder
     result = llmcompress.quantize(source, tmp_path / "{type}.gguf", type=["F32", "Q4_K_M"], verify="full")
     assert max(tensor.relative_error for tensor in result.outputs[0].tensors) == 0
     assert_reads_back(result.paths[0], source)
     wanted = expected(folder, ids)
     with Model(result.paths[0]) as model:
         assert_same_logits(model.logits(ids), wanted, 1e-3)
-    with Model(result.paths[1]) as model:
-        assert np.abs(model.logits(ids) - wanted).mean() < 0.1 * np.ptp(wanted)
+    check_a_k_type(result.paths[1], ids, wanted)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", NAMES)
-def test_bf16_logits_are_transformers_logits(name: str, tokenizers: dict[str, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ONE_OF_EACH)
+def test_bf16_logits_are_transformers_and_more_bits_stay_closer(
+    name: str, tokenizers: dict[str, Path], tmp_path: Path
+) -> None:
     folder = build(name, tmp_path / "tiny", tokenizers, torch.bfloat16)
     ids = ids_of(folder)
-    result = llmcompress.quantize(folder, tmp_path / "{type}.gguf", type=["BF16", "F32"], verify="full")
-    with Model(result.paths[1]) as model:
-        assert_same_logits(model.logits(ids), expected(folder, ids), 1e-3)
-    with Model(result.paths[0]) as model:
-        found, wanted = model.logits(ids), expected(folder, ids)
-    # ggml rounds activations to bf16 before each product, which may send a token to another expert
-    assert np.abs(found - wanted).mean() < 0.01 * np.ptp(wanted)
-    assert (found.argmax(-1) == wanted.argmax(-1)).mean() > 0.9
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", NAMES)
-def test_every_k_type_loads_and_stays_close(name: str, tokenizers: dict[str, Path], tmp_path: Path) -> None:
-    folder = build(name, tmp_path / "tiny", tokenizers, torch.bfloat16)
-    ids = ids_of(folder)
-    wanted = expected(folder, ids)
-    types = ["Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q3_K_M"]
+    types = ["F32", "BF16", "Q8_0", "Q5_K_M", "Q3_K_M"]
     result = llmcompress.quantize(folder, tmp_path / "{type}.gguf", type=types)
-    errors = []
-    for path in result.paths:
+    wanted, errors = expected(folder, ids), []
+    for kind, path in zip(types, result.paths, strict=True):
         with Model(path) as model:
-            errors.append(float(np.abs(model.logits(ids) - wanted).mean() / np.ptp(wanted)))
-    assert errors[0] < 0.02 and errors[3] < 0.1
-    assert errors[0] < errors[2] < errors[4]
+            found = model.logits(ids)
+        if kind == "F32":
+            assert_same_logits(found, wanted, 1e-3)
+        errors.append(float(np.abs(found - wanted).mean() / np.ptp(wanted)))
+        # ggml rounds activations to bf16 before each product, which may send a token to another expert
+        if kind == "BF16":
+            assert errors[-1] < 0.01 and (found.argmax(-1) == wanted.argmax(-1)).mean() > 0.9
+    assert errors[2] < 0.02 and errors[2] < errors[3] < errors[4]

@@ -3,6 +3,7 @@ split or merged: what a job holds does not grow with them, and it writes no byte
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 import subprocess
@@ -77,16 +78,25 @@ def gpt_oss(root: Path, folder: Path, experts: int, mxfp4: bool) -> Path:
     return made
 
 
-def gptq(folder: Path, shape: Llama, act_order: bool) -> Path:
+@functools.cache
+def plain_gptq(shape: Llama, folder: Path) -> Path:
+    """Made once; not to be changed."""
     plain = write_checkpoint(folder / "plain", shape)
     llmcompress.quantize(plain, folder / "made", format="gptq", bits=4, group_size=64)
     shutil.rmtree(plain)
-    if act_order:
-        (file,) = (folder / "made").glob("*.safetensors")
-        tensors = load_file(file)
-        for name in [name for name in tensors if name.endswith(".g_idx")]:
-            tensors[name] = tensors[name][torch.randperm(len(tensors[name]))].contiguous()
-        save_file(tensors, file)
+    return folder / "made"
+
+
+def gptq(folder: Path, shape: Llama, act_order: bool) -> Path:
+    made = plain_gptq(shape, folder.parents[1] / f"gptq-{shape.hidden}")
+    if not act_order:
+        return made
+    shutil.copytree(made, folder / "made")
+    (file,) = (folder / "made").glob("*.safetensors")
+    tensors = load_file(file)
+    for name in [name for name in tensors if name.endswith(".g_idx")]:
+        tensors[name] = tensors[name][torch.randperm(len(tensors[name]))].contiguous()
+    save_file(tensors, file)
     return folder / "made"
 
 

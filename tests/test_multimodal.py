@@ -7,12 +7,12 @@ import shutil
 from pathlib import Path
 
 import pytest
-from llmcompress.converters.families import ARCHITECTURES, CLASSES
+from llmcompress.converters.config import Config
+from llmcompress.converters.families import ARCHITECTURES, CLASSES, find_architecture
 from llmcompress.converters.to_gguf import plan_gguf
 from safetensors.torch import load_file, save_file
-from test_architectures import tokenizers  # noqa: F401 a fixture
 from tiny_families import MORE
-from tiny_models import MODELS, build
+from tiny_models import MODELS
 
 from llmcompress.errors import PlanError
 from llmcompress.plan import Plan
@@ -25,8 +25,8 @@ WITH_MORE = [family for family in ARCHITECTURES if family.text]
 def tiny_of(architecture: str) -> str:
     """The tiny text model of an architecture."""
     return next(
-        name for name, (tiny, _) in ALL.items()
-        if tiny.kind in CLASSES and CLASSES[tiny.kind].name == architecture and "deepseek2" != name
+        name for name, (made, _) in ALL.items()
+        if made.kind in CLASSES and CLASSES[made.kind].name == architecture and "deepseek2" != name
     )  # fmt: skip
 
 
@@ -40,8 +40,8 @@ def names_and_keys(plan: Plan) -> tuple[list, dict]:
 @pytest.mark.slow
 @pytest.mark.parametrize("older", [False, True])
 @pytest.mark.parametrize("family", WITH_MORE, ids=lambda family: family.classes[0])
-def test_the_text_part_is_the_text_model(family, older, tokenizers, tmp_path: Path) -> None:  # noqa: F811
-    text = build(tiny_of(family.name), tmp_path / "text", tokenizers, models=ALL)
+def test_the_text_part_is_the_text_model(family, older, tiny, tmp_path: Path) -> None:
+    text = tiny(tiny_of(family.name))
     both = tmp_path / "both"
     shutil.copytree(text, both)
     config = json.loads((text / "config.json").read_text())
@@ -67,12 +67,19 @@ def test_the_text_part_is_the_text_model(family, older, tokenizers, tmp_path: Pa
     assert not any("left out" in note and "sees" in note for note in plans[0].notes)
 
 
-def test_a_class_without_a_table_converts_as_another(tokenizers, tmp_path: Path) -> None:  # noqa: F811
-    folder = build("llama", tmp_path / "model", tokenizers)
+def test_a_class_without_a_table_converts_as_another(tiny, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny("llama"), folder)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"architectures": ["BrandNewForCausalLM"]}))
-    with pytest.raises(PlanError, match="no table for BrandNewForCausalLM.*--architecture"):
+    with pytest.raises(
+        PlanError, match="no table for BrandNew.*model_type is llama; --architecture LlamaForCausalLM"
+    ):
         plan_gguf(folder, tmp_path / "out.gguf", Recipe())
+    with pytest.raises(
+        PlanError, match="no table for LamaForCausalLM; did you mean 'Llama.*name that with --arch"
+    ):
+        find_architecture(Config({"architectures": ["LamaForCausalLM"], "model_type": "lama"}))
     for name in ("LlamaForCausalLM", "llama"):
         plan = plan_gguf(folder, tmp_path / "out.gguf", Recipe(architecture=name))
         assert any(step.name == "blk.1.ffn_down.weight" for step in plan.steps)
