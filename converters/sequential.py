@@ -20,7 +20,7 @@ from llmcompress.checkpoint import Checkpoint
 from llmcompress.gguf.imatrix import mean_squares
 from llmcompress.importance import SOLVERS_KEPT
 from llmcompress.linear_inputs import InputSums, LinearInputs
-from llmcompress.methods.gptq import Solver
+from llmcompress.methods.solver import Solver
 
 
 class SequentialInputs:

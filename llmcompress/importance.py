@@ -16,7 +16,7 @@ from llmcompress.errors import PlanError
 from llmcompress.step import Slab, Step
 
 if TYPE_CHECKING:
-    from llmcompress.methods.gptq import Solver
+    from llmcompress.methods.solver import Solver
 
 SOLVERS_KEPT = 2
 TOO_FEW = "rounded to nearest: no tokens"
@@ -104,7 +104,7 @@ class Importance(Mapping[str, np.ndarray]):
         """What GPTQ needs for one matrix of a tensor; None where there is no data for it.
 
         Computed once for all that share their inputs, and the latest two kept."""
-        from llmcompress.methods.gptq import Solver
+        from llmcompress.methods.solver import Solver
 
         key = self._source.shared(name, matrix)
         with self._solving:

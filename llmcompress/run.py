@@ -33,7 +33,7 @@ from llmcompress.step import Slab, Step
 from llmcompress.verify import Fidelity, verify
 
 if TYPE_CHECKING:
-    from llmcompress.methods.gptq import Solver
+    from llmcompress.methods.solver import Solver
 
 COMMIT_SECONDS = 2.0  # a kill loses at most the slabs of this long
 

@@ -16,8 +16,8 @@ from llmcompress.grids.grid import Grid
 from llmcompress.step import Piece, Slab, Step
 
 if TYPE_CHECKING:
-    from llmcompress.methods.gptq import Solver
     from llmcompress.methods.joint import Pruning
+    from llmcompress.methods.solver import Solver
 
 LARGEST = {"F16": 65504.0, "BF16": 3.3895314e38}
 

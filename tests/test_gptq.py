@@ -22,7 +22,9 @@ from llmcompress.grids.code_bits import (
     put_floats,
 )
 from llmcompress.methods import FIRST_RUNG, gptq
-from llmcompress.methods.gptq import Solver
+from llmcompress.methods import solver as solvers
+from llmcompress.methods.scales import refit
+from llmcompress.methods.solver import DAMPING, RIDGE, RIDGE_OF_CODEBOOKS, Solver
 
 NAMES = sorted(LAYOUTS)
 BOOKS = [name for name in NAMES if book_of(GRIDS[name])]
@@ -61,7 +63,7 @@ def plain_sweep(
     """Codes by the inverse of what is left of H after each column (Optimal Brain Surgeon), in float64."""
     left, codes = weights.astype(np.float64), np.zeros(weights.shape, np.uint8)
     damped = hessian.astype(np.float64)
-    damped = damped + gptq.DAMPING * damped.diagonal().mean() * np.eye(len(damped))
+    damped = damped + DAMPING * damped.diagonal().mean() * np.eye(len(damped))
     for j in range(weights.shape[1]):
         inverse = np.linalg.inv(damped[j:, j:])
         for row in range(len(weights)):
@@ -133,7 +135,7 @@ def test_the_factor_is_that_of_the_inverse() -> None:
     assert solver.rung == FIRST_RUNG
     np.testing.assert_array_equal(solver.factor, np.triu(solver.factor))
     damped = hessian.astype(np.float64)
-    damped += gptq.DAMPING * damped.diagonal().mean() * np.eye(96)
+    damped += DAMPING * damped.diagonal().mean() * np.eye(96)
     factor = solver.factor.astype(np.float64)
     np.testing.assert_allclose(factor.T @ factor @ damped, np.eye(96), atol=1e-3)
 
@@ -167,7 +169,7 @@ def test_no_pass_over_the_blocks_raises_the_error(name: str) -> None:
     weights, hessian = weights_of(16, 512, 1), products_of(512, seed=1)
     solver, grid = Solver.of(hessian), GRIDS[name]
     data = gptq._feed_errors(weights, grid, solver, "fast")
-    damped, _ = solver.damped_by(gptq.RIDGE_OF_CODEBOOKS if book_of(grid) else gptq.RIDGE)
+    damped = hessian + solver.ridge(RIDGE_OF_CODEBOOKS if book_of(grid) else RIDGE) * np.eye(512)
     errors = [errors_of(weights, name, data, damped)]
     for passes in (1, 2, 4):
         settled, of_rows = gptq._settle(weights, grid, data, solver, passes)
@@ -230,7 +232,7 @@ def test_a_refit_is_no_worse_and_close_to_least_squares(name: str) -> None:
     pull = (weights - grid.dequantize(data)) @ hessian
     errors = [errors_of(weights, name, data, hessian)]
     for _ in range(3):
-        data = gptq._refit(grid, data, pull, hessian)
+        data = refit(grid, data, pull, hessian)
         errors.append(errors_of(weights, name, data, hessian))
         assert (errors[-1] <= errors[-2] * (1 + 1e-3)).all()
     assert errors[-1].sum() < 0.9 * errors[0].sum()
@@ -304,7 +306,7 @@ def test_an_indefinite_matrix_climbs_the_ladder(lowest: float, rung: str) -> Non
 
 def test_the_last_rungs_are_a_floor_and_float64(monkeypatch: pytest.MonkeyPatch) -> None:
     hessian, tried = products_of(64), []
-    factor = gptq._inverse_factor
+    factor = solvers._inverse_factor
 
     def fails_until(wanted: str):
         def attempt(matrix: torch.Tensor, added: torch.Tensor) -> torch.Tensor | None:
@@ -322,7 +324,7 @@ def test_the_last_rungs_are_a_floor_and_float64(monkeypatch: pytest.MonkeyPatch)
         return attempt
 
     for wanted, rung in (("floor", "a floor under the diagonal"), ("float64", "float64")):
-        monkeypatch.setattr(gptq, "_inverse_factor", fails_until(wanted))
+        monkeypatch.setattr(solvers, "_inverse_factor", fails_until(wanted))
         solver = Solver.of(hessian)
         assert solver.rung == rung and solver.factor.dtype == np.float32
     dampings = [added for dtype, added in tried[:7]]

@@ -16,6 +16,7 @@ from llmcompress.gguf.imatrix import SHRINKAGE_TOKENS
 from llmcompress.grids import GRIDS
 from llmcompress.hessians import INDEX, SQUARES, HessianFolder, Leaning, write_index
 from llmcompress.methods import gptq
+from llmcompress.methods.solver import Solver
 from llmcompress.stats import TensorStats
 
 Make = Callable[..., Path]
@@ -87,8 +88,8 @@ def test_a_cold_expert_is_better_off_with_the_mean_of_all() -> None:
 
         leaning = Leaning().products("up", tokens, products.__getitem__, expert)
         means = np.ascontiguousarray(leaning.diagonal())
-        found = error(gptq.quantize(weights, grid, gptq.Solver.of(leaning)))
-        alone = error(gptq.quantize(weights, grid, gptq.Solver.of(products[expert])))
+        found = error(gptq.quantize(weights, grid, Solver.of(leaning)))
+        alone = error(gptq.quantize(weights, grid, Solver.of(products[expert])))
         assert found < 0.9 * alone and found < 0.8 * error(grid.quantize(weights, means))
 
 

@@ -18,9 +18,9 @@ from llmcompress.grids import GRIDS
 from llmcompress.grids.integer import integer_grid
 from llmcompress.methods import gptq, joint, sparsegpt
 from llmcompress.methods.exact_zero import keeps_zeros, zero_code
-from llmcompress.methods.gptq import Solver
 from llmcompress.methods.joint import Pruning
 from llmcompress.methods.masks import parse_pattern
+from llmcompress.methods.solver import Solver
 from llmcompress.recipe import parse_recipe
 
 EXACT = {"Q3_K": 4, "Q6_K": 32, "Q4_0": 8, "Q5_0": 16}

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from llmcompress.methods import sparsegpt, wanda
-from llmcompress.methods.gptq import DAMPING, Solver
 from llmcompress.methods.masks import Pattern, parse_pattern
+from llmcompress.methods.solver import DAMPING, Solver
 
 RNG = np.random.default_rng(1)
 

@@ -53,6 +53,7 @@ from llmcompress.grids.code_bits import lattice_of
 from llmcompress.grids.grid import Grid
 from llmcompress.hessians import HessianFolder
 from llmcompress.methods import gptq
+from llmcompress.methods.solver import DAMPING, Solver
 from llmcompress.progress import Progress
 from llmcompress.recipe import Recipe
 
@@ -225,7 +226,7 @@ def plain_loop(weights: np.ndarray, grid: Grid, products: np.ndarray, block: int
     `block` columns hear of an error at once, the rest by a matrix product. Scales come from the grid's own kernel.
     """
     hessian = torch.from_numpy(products.copy())
-    hessian.diagonal().add_(gptq.DAMPING * hessian.diagonal().mean())
+    hessian.diagonal().add_(DAMPING * hessian.diagonal().mean())
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
     factor = torch.linalg.cholesky(inverse, upper=True)
     importance = np.ascontiguousarray(products.diagonal())
@@ -264,7 +265,7 @@ def solve_times(size: int, types: list[str], repeat: int) -> None:
         nearest = error_of(weights, grid.dequantize(grid.quantize(weights, products.diagonal())), products)
 
         def ours(effort: str, grid: Grid = grid) -> np.ndarray:
-            return grid.dequantize(gptq.quantize(weights, grid, gptq.Solver.of(products), effort))
+            return grid.dequantize(gptq.quantize(weights, grid, Solver.of(products), effort))
 
         def plain(block: int, grid: Grid = grid) -> np.ndarray:
             return plain_loop(weights, grid, products, block).numpy()
@@ -272,7 +273,7 @@ def solve_times(size: int, types: list[str], repeat: int) -> None:
         ways: dict[str, Callable[[], np.ndarray]] = {
             "plain loop in torch": lambda: plain(size),
             f"loop in torch, blocks of {PEER_BLOCK}": lambda: plain(PEER_BLOCK),
-            "ours, factor alone": lambda: gptq.Solver.of(products).factor,
+            "ours, factor alone": lambda: Solver.of(products).factor,
             "ours, effort fast": lambda: ours("fast"),
             "ours, effort normal": lambda: ours("normal"),
         }

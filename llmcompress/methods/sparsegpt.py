@@ -14,8 +14,8 @@ from __future__ import annotations
 import numpy as np
 
 from llmcompress.grids.compiled import compiled
-from llmcompress.methods.gptq import Solver, product
 from llmcompress.methods.masks import Pattern, choose, count_of, lowest
+from llmcompress.methods.solver import Solver, product
 
 WIDTH = 128  # columns of which the cheapest go, as in the paper
 SETTLED = 1024  # rows that go to their least squares at a time
