@@ -84,24 +84,35 @@ def sweep(weights, scale, offset, levels, middles, uniform, factor, codes, error
 def descend(pull, hessian, codes, scale, levels, middles, uniform, order, rounds):
     """Move every code to where it is best given all others, in the order of `order`, until none moves or `rounds` are over."""
     rows, columns = pull.shape
-    inverse, least = np.empty(columns, np.float32), np.float32(0.5) * (levels[1:] - levels[:-1]).min()
+    least = np.float32(0.5) * (levels[1:] - levels[:-1]).min()
+    own, enough = (
+        np.empty(columns, np.float32),
+        np.empty(columns, np.float32),
+    )  # a pull that may ask for a move
     for j in range(columns):
-        inverse[j] = np.float32(1) / hessian[j, j]
+        own[j] = hessian[j, j]
     for row in range(rows):
+        pulled, held, steps = pull[row], codes[row], scale[row]
+        for j in range(columns):
+            enough[j] = least * abs(steps[j]) * own[j] if steps[j] != np.float32(0) else NEVER
         for _ in range(rounds):
+            asking = 0
+            for j in range(columns):
+                asking += abs(pulled[j]) >= enough[j]
+            if not asking:
+                break
             moved = False
             for j in order:
-                step, wanted = scale[row, j], pull[row, j] * inverse[j]
-                if abs(wanted) < least * abs(step) or step == np.float32(0):
+                if abs(pulled[j]) < enough[j]:
                     continue
-                old = codes[row, j]
-                code = _nearest(levels[old] + wanted / step, levels, middles, uniform)
+                old, step = held[j], steps[j]
+                code = _nearest(levels[old] + pulled[j] / (own[j] * step), levels, middles, uniform)
                 if code != old:
-                    codes[row, j] = code
+                    held[j] = code
                     moved = True
                     change = step * (levels[code] - levels[old])
                     for i in range(columns):
-                        pull[row, i] -= change * hessian[j, i]
+                        pulled[i] -= change * hessian[j, i]
             if not moved:
                 break
 

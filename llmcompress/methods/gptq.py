@@ -95,7 +95,7 @@ def _feed_errors(
     encoded = []
     for first in range(0, weights.shape[1], WIDTH):
         block = slice(first, first + WIDTH)
-        target, least = np.ascontiguousarray(left[:, block]), np.full(len(left), np.inf, np.float32)
+        target = np.ascontiguousarray(left[:, block])
         for power, size in itertools.product(WEIGHINGS[effort], SIZES if book_of(grid) else SIZES[:1]):
             if size == SIZES[0]:
                 weighing = solver.conditional[block] ** np.float32(power)
@@ -106,13 +106,15 @@ def _feed_errors(
             if gone is not None:
                 codes[gone[:, block]] = zero_code(grid)
             cost = (made * made).sum(1)
-            tried, better = put_codes(grid, tried, codes), cost < least
             if power == WEIGHINGS[effort][0] and size == SIZES[0]:
-                data, errors, least = tried, made, cost
+                best, least = (tried.copy(), codes, made), cost
             else:
-                data[better], errors[better], least[better] = tried[better], made[better], cost[better]
+                better = cost < least
+                for kept, new in zip((*best, least), (tried, codes, made, cost)):
+                    kept[better] = new[better]
+        data, codes, errors = best
         left[:, block.stop :] -= product(errors, solver.factor[block, block.stop :])
-        encoded.append(data)
+        encoded.append(put_codes(grid, data, codes))
     return np.concatenate(encoded, axis=1)
 
 

@@ -29,7 +29,7 @@ from llmcompress.grids.compiled import compiled
 from llmcompress.grids.floats import half_bits_of, half_to_float
 from llmcompress.grids.grid import Grid
 
-FOUR = 4  # columns that are added up at a time
+FOUR = 4  # columns that are added up at a time, and rows
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def refit(grid: Grid, data: np.ndarray, pull: np.ndarray, hessian: np.ndarray) -
     """Scales and minima moved to where the row's error is least, the codes fixed; `pull`, e H, follows."""
     layout, slopes = layout_of(grid), slopes_of(grid)
     if book_of(grid) is None:
-        units = (levels_of(grid) - slopes.middle)[get_codes(grid, data)]
+        units = np.take(levels_of(grid) - slopes.middle, get_codes(grid, data))
     else:
         scale = np.repeat(scales_of(grid, data)[0], slopes.run, axis=1)
         units = grid.dequantize(data) / np.where(scale == 0, np.float32(1), scale)
@@ -133,17 +133,21 @@ def _refit(pull, hessian, units, floats, parts, alone, by_part, limits, halves):
     runs = parts.shape[2]
     size, runs_of_block = columns // runs, runs // floats.shape[2]
     both = 2 * runs if alone[:, 1].any() or by_part[:, :, 1].any() else runs
-    forward = np.zeros((both, columns), np.float32)  # H times what goes with a run's scale, or offset
+    forwards = np.zeros((FOUR, both, columns), np.float32)  # H times what goes with a run's scale, or offset
     gram, near = np.zeros((both, both), np.float32), np.empty(both, np.float32)
     moves, slope = np.empty(both, np.float32), np.zeros(both, np.float32)
+    four = np.zeros((FOUR, columns), np.float32)
     for r in range(both - runs):
         for i in range(r * size, r * size + size):
-            forward[runs + r] += hessian[i]
+            forwards[:, runs + r] += hessian[i]
         for other in range(runs):
-            gram[runs + r, runs + other] = forward[runs + r, other * size : other * size + size].sum()
+            gram[runs + r, runs + other] = _sum(forwards[0, runs + r], other * size, size)
     for row in range(rows):
-        unit, pulled = units[row], pull[row]
-        _add_forward(unit, hessian, runs, forward)
+        if row % FOUR == 0:
+            ahead = min(FOUR, rows - row)
+            four[:ahead] = units[row : row + ahead]
+            _add_forward(four, hessian, runs, forwards)
+        unit, pulled, forward = units[row], pull[row], forwards[row % FOUR]
         moves[:] = np.float32(0)
         for r in range(runs):
             start = r * size
@@ -225,20 +229,30 @@ def _take(change, slope, first, end, runs, gram, near, moves):
 
 
 @compiled(fastmath=True)
-def _add_forward(unit, hessian, runs, forward):
-    columns = len(unit)
+def _add_forward(units, hessian, runs, forwards):
+    """Four rows' `units` times H, run by run: H is read once for all."""
+    columns = units.shape[1]
     size = columns // runs
-    whole = size // FOUR * FOUR
+    one, two, three, four = units[0], units[1], units[2], units[3]
     for r in range(runs):
-        start, out = r * size, forward[r]
-        out[:] = np.float32(0)
-        for i in range(start, start + whole, FOUR):
+        a, b, c, d = forwards[0, r], forwards[1, r], forwards[2, r], forwards[3, r]
+        for j in range(columns):
+            a[j] = b[j] = c[j] = d[j] = np.float32(0)
+        start = r * size
+        whole = start + size // FOUR * FOUR
+        for i in range(start, whole, FOUR):
             for j in range(columns):
-                two = unit[i] * hessian[i, j] + unit[i + 1] * hessian[i + 1, j]
-                out[j] += two + unit[i + 2] * hessian[i + 2, j] + unit[i + 3] * hessian[i + 3, j]
-        for i in range(start + whole, start + size):
+                h, k, m, n = hessian[i, j], hessian[i + 1, j], hessian[i + 2, j], hessian[i + 3, j]
+                a[j] += (one[i] * h + one[i + 1] * k) + (one[i + 2] * m + one[i + 3] * n)
+                b[j] += (two[i] * h + two[i + 1] * k) + (two[i + 2] * m + two[i + 3] * n)
+                c[j] += (three[i] * h + three[i + 1] * k) + (three[i + 2] * m + three[i + 3] * n)
+                d[j] += (four[i] * h + four[i + 1] * k) + (four[i + 2] * m + four[i + 3] * n)
+        for i in range(whole, start + size):
             for j in range(columns):
-                out[j] += unit[i] * hessian[i, j]
+                a[j] += one[i] * hessian[i, j]
+                b[j] += two[i] * hessian[i, j]
+                c[j] += three[i] * hessian[i, j]
+                d[j] += four[i] * hessian[i, j]
 
 
 @compiled(inline="always", fastmath=True)
