@@ -51,6 +51,7 @@ from llmcompress.gguf.reader import GGUFFile
 from llmcompress.grids import find_grid
 from llmcompress.grids.code_bits import lattice_of
 from llmcompress.grids.grid import Grid
+from llmcompress.grids.integer import integer_grid
 from llmcompress.hessians import HessianFolder
 from llmcompress.methods import gptq
 from llmcompress.methods.solver import DAMPING, Solver
@@ -82,6 +83,7 @@ BARS = {  # of sample-llama-6m and of other models
     "auto-gptq": (1.00, 1.00),
 }
 FASTER = 10
+INTEGERS = {"INT4": integer_grid(4, 128, True)}  # of GPTQ checkpoints, in groups of 128
 PEER_BLOCK = 128  # columns
 
 
@@ -261,7 +263,7 @@ def solve_times(size: int, types: list[str], repeat: int) -> None:
     inputs *= np.exp(rng.standard_normal(size)).astype(np.float32)
     products = inputs.T @ inputs
     for name in types:
-        grid = find_grid(name)
+        grid = INTEGERS[name] if name in INTEGERS else find_grid(name)
         nearest = error_of(weights, grid.dequantize(grid.quantize(weights, products.diagonal())), products)
 
         def ours(effort: str, grid: Grid = grid) -> np.ndarray:
@@ -318,7 +320,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--calibration", type=Path, default=CORPUS / "calibration.txt")
     parser.add_argument("--held-out", type=Path, default=CORPUS / "heldout.txt")
     parser.add_argument("--size", type=int, default=2048, help="rows and columns, for time")
-    parser.add_argument("--time-types", nargs="+", default=["Q4_K"], metavar="TYPE")
+    parser.add_argument("--time-types", nargs="+", default=["INT4", "Q4_K"], metavar="TYPE")
     parser.add_argument("--repeat", type=int, default=3, help="runs of which the median is taken")
     return parser.parse_args()
 

@@ -20,7 +20,7 @@ from llmcompress.grids.grid import Grid
 from llmcompress.methods import gptq, sparsegpt, wanda
 from llmcompress.methods.exact_zero import keeps_zeros, zero_code
 from llmcompress.methods.masks import Pattern, count_of, matching_pattern
-from llmcompress.methods.solver import Solver
+from llmcompress.methods.solver import Solver, product
 
 # Of choosing again. e H e of Q3_K over that of the first choice, sample-llama-6m's q of block 1, o of 2, up of 3, down of 4:
 # 0.93, 0.94, 0.94, 0.96 after one, 0.91, 0.92, 0.91, 0.95 after two, 0.89, 0.90, 0.89, 0.94 after three.
@@ -97,4 +97,4 @@ def quantize(
 
 def _errors(errors: np.ndarray, solver: Solver) -> np.ndarray:
     """e H eᵀ of every row."""
-    return (gptq.product(errors, solver.hessian) * errors).sum(1)
+    return (product(errors, solver.hessian) * errors).sum(1)
