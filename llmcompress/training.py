@@ -25,7 +25,7 @@ from llmcompress.held_zeros import HeldZeros, Restore
 from llmcompress.progress import Progress
 from llmcompress.row_packing import IGNORED, Collator, rows_of
 from llmcompress.tuning_data import Example, TuningData
-from llmcompress.tuning_options import Chosen, TuningOptions
+from llmcompress.tuning_options import MICRO_TOKENS, Chosen, TuningOptions
 
 HELD_OUT = "eval_held_out"  # the Trainer's name of the held-out loss: nats for each learned token
 
@@ -81,7 +81,7 @@ def trainer_of(
     """A Trainer that keeps its checkpoints in `folder`; bf16: products in bfloat16, what is trained and the optimizer in
     float32. It holds `zeros`, and learns from `teachers`."""
     measured = bool(data.validation)
-    arguments = _arguments(options, figures, folder, bf16, measured, resumes, model.device.type)
+    arguments = _arguments(options, figures, folder, length, bf16, measured, resumes, model.device.type)
     callbacks: list[transformers.TrainerCallback] = [Told(progress)]
     if measured and options.patience:
         callbacks.append(transformers.EarlyStoppingCallback(options.patience))
@@ -101,13 +101,13 @@ def trainer_of(
 
 
 def _arguments(
-    options: TuningOptions, figures: Chosen, folder: Path, bf16: bool, measured: bool, resumes: bool, device: str
+    options: TuningOptions, figures: Chosen, folder: Path, length: int, bf16: bool, measured: bool, resumes: bool, device: str,
 ) -> transformers.TrainingArguments:  # fmt: skip
     settings = dict(
         output_dir=str(folder), max_steps=figures.steps, per_device_train_batch_size=figures.micro_batch,
         gradient_accumulation_steps=figures.accumulation, learning_rate=figures.learning_rate,
         lr_scheduler_type=options.schedule, warmup_steps=figures.warmup, optim=figures.optimizer, bf16=bf16,
-        per_device_eval_batch_size=1, eval_strategy="steps" if measured else "no", eval_steps=figures.every,
+        per_device_eval_batch_size=max(1, MICRO_TOKENS // length), eval_strategy="steps" if measured else "no", eval_steps=figures.every,
         eval_on_start=measured and not resumes, save_steps=figures.every, save_total_limit=1,
         load_best_model_at_end=measured,
         metric_for_best_model=HELD_OUT if measured else None, greater_is_better=False if measured else None,

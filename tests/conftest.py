@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # spinning OpenMP threads cost more than they give on two cores
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # fine-tuning asks for as many threads as there are cores
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 ROOT = Path(__file__).resolve().parent.parent
