@@ -43,6 +43,7 @@ from llmcompress.importance import Importance
 from llmcompress.output import filled_path, part_path
 from llmcompress.plan import fit_memory
 from llmcompress.progress import Progress
+from llmcompress.pruning_report import notes_on_filling
 from llmcompress.recipe import Recipe
 from llmcompress.report import FileReport, Result, TensorReport
 from llmcompress.safetensors_files import Entry, lay_out
@@ -223,7 +224,8 @@ def _cut_at(linear: Linear, unit: int) -> Linear:
 
 def _zeros_notes(plan: CodedPlan) -> list[str]:
     if not plan.recipe.prunes:
-        return []
+        quantizes = plan.recipe.format != "gguf"  # or it is low rank that is coded
+        return notes_on_filling(plan.checkpoint.directory, plan.recipe.method) if quantizes else []
     from llmcompress.methods.joint import zeros_notes
 
     pruned = [

@@ -27,6 +27,7 @@ from llmcompress.importance import SOLVERS_KEPT, Importance, Source
 from llmcompress.machine import cores, free_disk
 from llmcompress.mix import NEVER_QUANTIZED, ModelTraits
 from llmcompress.output import Output, OutputFile, output_paths, part_path, place, typed_metadata
+from llmcompress.pruning_report import notes_on_filling
 from llmcompress.recipe import DEFAULT_MAX_RAM, SOURCE_TYPES, Recipe
 from llmcompress.sizes import format_size
 from llmcompress.step import Slab, Step, is_linear, slab_rows, slabs_of, stored_type
@@ -261,9 +262,9 @@ def _notes_on_methods(plan: Plan) -> list[str]:
 
 
 def _notes_on_zeros(plan: Plan) -> list[str]:
-    """Which types will not keep the zeros of pruning."""
+    """Which types will not keep the zeros of pruning, or that its method will not."""
     if not plan.recipe.prunes:
-        return []
+        return notes_on_filling(plan.checkpoint.directory, plan.recipe.method)
     from llmcompress.methods.joint import zeros_notes
 
     places = (

@@ -28,6 +28,9 @@ Pattern = Annotated[
     Optional[str],
     typer.Option("--pattern", metavar="N:M", help="Of every M weights in a row N stay, such as 2:4. No runtime here runs it faster: vLLM and llm-compressor have dropped 2:4."),
 ]  # fmt: skip
+KeepZeros = Annotated[
+    bool, typer.Option("--keep-zeros", help="Of a pruned model, with --method gptq: zeros stay zeros.")
+]
 
 # The options that only some methods know. A new method brings its name in JOBS, and what it alone understands here.
 ZEROS = ("magnitude", "wanda", "sparsegpt")

@@ -8,9 +8,21 @@ from pathlib import Path
 from typing import Any
 
 from llmcompress import __version__
+from llmcompress.json_object import read_object
+from llmcompress.methods import PRUNING
 from llmcompress.pruning_options import PruningOptions
 
 MANIFEST = "prune.json"
+
+
+def notes_on_filling(folder: Path, method: str) -> list[str]:
+    """What becomes of the zeros of the model in `folder`, if it is pruned, where a quantizer's `method` does not hold them."""
+    manifest = folder / MANIFEST
+    if method != "gptq" or not manifest.is_file():
+        return []
+    if read_object(manifest).get("method") not in PRUNING:
+        return []
+    return ["the model is pruned, and gptq fills zeros as it likes: --keep-zeros holds them"]
 
 
 @dataclass(frozen=True)

@@ -74,6 +74,7 @@ class Recipe:
     desc_act: bool = False  # columns are rounded in the order of their importance
     sparsity: float | None = None  # of the linears of the blocks: pruned by SparseGPT in the same sweep
     pattern: str | None = None  # the same as N:M, such as 2:4
+    keep_zeros: bool = False  # of those linears: what is zero in the checkpoint stays zero in gptq's sweep
     double_quant: bool = False  # of nf4 and fp4: scales in eight bits
     storage: str = "uint8"  # what nf4's and fp4's bytes count as
     keep: tuple[str, ...] = ()  # modules that stay as they are, as llm_int8_skip_modules names them
@@ -155,7 +156,18 @@ class Recipe:
     def _check_pruning(self) -> None:
         if not self.prunes:
             return
-        flag = "sparsity" if self.sparsity is not None else "pattern"
+        asked = {
+            "sparsity": self.sparsity is not None,
+            "pattern": self.pattern is not None,
+            "keep_zeros": self.keep_zeros,
+        }
+        flag, *others = (name for name, given in asked.items() if given)
+        if self.keep_zeros and others:
+            raise RecipeError(f"keep_zeros: holds the zeros there are, {flag} makes others; leave one out")
+        if self.keep_zeros and self.method != "gptq":
+            raise RecipeError(
+                "keep_zeros: is for gptq, which moves zeros as it does all weights; rounding to nearest keeps them where a type can"
+            )
         if self.method != "gptq":
             raise RecipeError(
                 f"{flag}: prunes in the sweep of gptq; add --method gptq, or take `llmcompress prune`"
@@ -172,16 +184,17 @@ class Recipe:
 
     @property
     def prunes(self) -> bool:
-        return self.sparsity is not None or self.pattern is not None
+        """Whether zeros are made, or held, in the sweep that quantizes."""
+        return self.sparsity is not None or self.pattern is not None or self.keep_zeros
 
     @cached_property
     def pruning(self) -> Pruning | None:
-        """What goes in the sweep that quantizes."""
+        """What goes in the sweep that quantizes; to hold what is zero already, none of the rest."""
         if not self.prunes:
             return None
         from llmcompress.methods.joint import pruning_of
 
-        return pruning_of(self.sparsity, self.pattern)
+        return pruning_of(0 if self.keep_zeros else self.sparsity, self.pattern)
 
     def _check_target(self) -> None:
         if self.confirm < 0:
@@ -265,7 +278,16 @@ def _field(key: str, value: Any, label: str) -> Any:
         return _bits(value, label)
     elif key == "tokens":
         return parse_count(value, label)
-    elif key in ("pure", "leave_output_tensor", "calibrate", "sequential", "sym", "desc_act", "double_quant"):
+    elif key in (
+        "pure",
+        "leave_output_tensor",
+        "calibrate",
+        "sequential",
+        "sym",
+        "desc_act",
+        "double_quant",
+        "keep_zeros",
+    ):
         if isinstance(value, bool):
             return value
     elif key in ("threads", "bits", "group_size", "confirm"):

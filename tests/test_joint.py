@@ -115,7 +115,24 @@ def test_the_plan_says_where_zeros_do_not_survive(tiny: Callable[[str], Path], t
     assert "zeros will not survive in" in notes("Q4_K_M") and "zeros" not in notes("Q6_K")
 
 
+@pytest.mark.slow
+def test_a_pruned_model_keeps_its_zeros_if_asked(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    """And the plan says that gptq fills them, if not."""
+    pruned, given = tmp_path / "pruned", {"type": "Q3_K_S", "pure": True, **GIVEN}
+    llmcompress.prune(tiny("llama-tied"), pruned, method="magnitude", sparsity=0.5)
+    found = {}
+    for held in (False, True):
+        result = llmcompress.quantize(pruned, tmp_path / "out.gguf", keep_zeros=held, **given)
+        assert any("gptq fills zeros" in note for note in result.notes) != held
+        with GGUFFile.open(tmp_path / "out.gguf") as file:
+            values = GRIDS["Q3_K"].dequantize(file.read("blk.1.ffn_up.weight"))
+        found[held] = float((values == 0).mean())
+    assert found[False] < 0.5 <= found[True]
+
+
 BAD = [
+    ({"keep_zeros": True}, "rounding to nearest keeps them"),
+    ({"keep_zeros": True, "sparsity": 0.5, **GIVEN}, "leave one out"),
     ({"sparsity": 0.5}, "add --method gptq"),
     ({"pattern": "2:4"}, "add --method gptq"),
     ({"sparsity": 1.5, **GIVEN}, "no share"),

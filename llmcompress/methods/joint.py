@@ -29,7 +29,7 @@ CHOICES = {"fast": 0, "normal": 3, "best": 6}
 
 @dataclass(frozen=True)
 class Pruning:
-    """What goes of every row: a share, or with a pattern that of each group."""
+    """What goes of every row: a share, or with a pattern that of each group. With a share of 0, what is zero already."""
 
     share: float
     pattern: Pattern | None = None
@@ -74,9 +74,11 @@ def quantize(
         return grid.quantize(
             np.where(wanda.mask(weights, squares, share, pattern), 0, weights), importance, effort
         )
-    left = sparsegpt.prune(weights, solver, share, pattern, effort, by_row=True)
+    left = sparsegpt.prune(weights, solver, share, pattern, effort, by_row=True) if share else weights
     if zero_code(grid) is None:
         return gptq.quantize(left, grid, solver, effort, act_order)
+    if not share:
+        return gptq.quantize(left, grid, solver, effort, act_order, left == 0)
     if pattern:
         group, zeros = pattern.group, pattern.group - pattern.kept
     else:
