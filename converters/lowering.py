@@ -93,8 +93,7 @@ def _smaller(
         rank, rows = left[pair.size], checkpoint.index[pair.first].shape[0]
         tensors[pair.first] = Kept(pair.first, ((0, np.arange(rows - pair.rank + rank)),))
         tensors[pair.second] = Kept(pair.second, ((1, np.arange(rank)),))
-        if pair.norm:
-            tensors[pair.norm] = Kept(pair.norm, ((0, np.arange(rank)),))
+        tensors[pair.norm] = Kept(pair.norm, ((0, np.arange(rank)),))
     changes = dict(left) | ({"num_nextn_predict_layers": 0} if config.mtp_layers else {})
     values = architecture.with_text_values(checkpoint.config, changes)
     return SmallerCheckpoint(checkpoint, tensors, values, made)
@@ -123,13 +122,10 @@ class _Blocks(Rebuilding):
             run = partial(self.lockstep.visit, block)
             found = inputs_of(run, watched, True).sums
             for pair, name in names.items():
-                gain = self.read(pair.norm)[0] if pair.norm else None
+                gain = self.read(pair.norm)[0]
                 products = require_tokens(pair.second, found.get(name))
                 weights = self.read(pair.second)
-                ones = torch.ones(pair.rank, device=weights.device)
-                chosen[pair] = latent.projection(
-                    weights, ones if gain is None else gain, products, self.left[pair.size]
-                )
+                chosen[pair] = latent.projection(weights, gain, products, self.left[pair.size])
                 seen_as[name] = partial(_with_new, gain, chosen[pair][0])
             found = inputs_of(run, watched, True, seen_as=seen_as).sums
             for pair, name in names.items():
@@ -143,9 +139,8 @@ class _Blocks(Rebuilding):
         new = {
             pair.first: torch.cat([projection @ first[: pair.rank], first[pair.rank :]]),
             pair.second: latent.refitted(self.read(pair.second), products, guess),
+            pair.norm: torch.ones(len(projection)),
         }
-        if pair.norm:
-            new[pair.norm] = torch.ones(len(projection))
         return {name: self.stored(name, values) for name, values in new.items()}
 
     def _run_on(self, block: int, made: Checkpoint) -> dict[str, np.ndarray]:
@@ -156,15 +151,14 @@ class _Blocks(Rebuilding):
                 rank, gone = self.left[pair.size], pair.rank - self.left[pair.size]
                 first, second = made.read(pair.first), made.read(pair.second)
                 found[pair.first] = np.insert(first, [rank] * gone, 0, axis=0)
-                if pair.norm:
-                    dtype = self.checkpoint.index[pair.second].dtype
-                    shorter = torch.from_numpy(to_float32(second, dtype)) * math.sqrt(rank / pair.rank)
-                    second = self.raw(pair.second, shorter)
-                    found[pair.norm] = np.pad(made.read(pair.norm), ((0, 0), (0, gone)))
+                dtype = self.checkpoint.index[pair.second].dtype
+                shorter = torch.from_numpy(to_float32(second, dtype)) * math.sqrt(rank / pair.rank)
+                second = self.raw(pair.second, shorter)
+                found[pair.norm] = np.pad(made.read(pair.norm), ((0, 0), (0, gone)))
                 found[pair.second] = np.pad(second, ((0, 0), (0, gone)))
         return found
 
 
-def _with_new(gain: torch.Tensor | None, projection: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
+def _with_new(gain: torch.Tensor, projection: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
     """The inputs of a second matrix with the new ones behind them."""
     return torch.cat([inputs.float(), latent.projected(inputs, gain, projection)], -1)

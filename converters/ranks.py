@@ -20,19 +20,17 @@ PAIRS = {
         ("attn_q_a", "attn_q_a_norm", "attn_q_b", "q_lora_rank"),
         ("attn_kv_a_mqa", "attn_kv_a_norm", "attn_k_b", "kv_lora_rank"),
     ),
-    "mamba": (("ssm_x", None, "ssm_dt", "time_step_rank"),),
-    "jamba": (("ssm_x", "ssm_dt_norm", "ssm_dt", "mamba_dt_rank"),),
 }
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Names of tensors of one layer: `first`, of which the first `rank` rows make the latent, `norm`, None where there is
-    none, and `second`. size: config.json's name for the rank."""
+    """Names of tensors of one layer: `first`, of which the first `rank` rows make the latent, `norm` and
+    `second`. size: config.json's name for the rank."""
 
     layer: int
     first: str
-    norm: str | None
+    norm: str
     second: str
     size: str
     rank: int
@@ -46,18 +44,17 @@ def pairs_of(checkpoint: Checkpoint) -> list[Pair]:
         if place := re.fullmatch(r"blk\.(\d+)\.(\w+)\.weight", step.name):
             layers[int(place[1])][place[2]] = step.pieces[0].tensor
     return [
-        _pair(layer, tensors[first], tensors[norm] if norm else None, tensors[second], size)
+        _pair(layer, tensors[first], tensors[norm], tensors[second], size)
         for layer, tensors in sorted(layers.items())
         for first, norm, second, size in known
         if first in tensors
     ]
 
 
-def _pair(layer: int, first: TensorInfo, norm: TensorInfo | None, second: TensorInfo, size: str) -> Pair:
+def _pair(layer: int, first: TensorInfo, norm: TensorInfo, second: TensorInfo, size: str) -> Pair:
     rank = second.columns
-    if first.rows < rank or (norm and norm.shape != (rank,)):
+    if first.rows < rank or norm.shape != (rank,):
         raise PlanError(
-            f"{second.name}: has {rank} inputs, {first.name} {first.rows} rows"
-            + (f", {norm.name} {norm.columns} numbers" if norm else "")
+            f"{second.name}: has {rank} inputs, {first.name} {first.rows} rows, {norm.name} {norm.columns} numbers"
         )
-    return Pair(layer, first.name, norm and norm.name, second.name, size, rank)
+    return Pair(layer, first.name, norm.name, second.name, size, rank)

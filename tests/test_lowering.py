@@ -74,15 +74,6 @@ def test_what_is_left_is_the_least_squares_of_what_the_norm_gives() -> None:
     assert left < 0.9 * min(plain)
 
 
-def test_without_a_norm_it_is_the_truncated_svd() -> None:
-    b, _, c = problem()
-    projection, guess = latent.projection(b, torch.ones(8), c.T @ c, 5)
-    both = torch.cat([c, latent.projected(c, None, projection)], 1)
-    new = latent.refitted(b, both.T @ both, guess) @ projection
-    u, s, v = torch.linalg.svd(c @ b.T, full_matrices=False)
-    assert (c @ (new - b).T).norm() < 1.02 * s[5:].norm()
-
-
 @pytest.fixture(scope="module")
 def of_half_the_ranks(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A DeepSeek V3 whose latents lie in half as many dimensions as they have."""
@@ -117,3 +108,33 @@ def test_ranks_that_say_nothing_go_for_nothing(of_half_the_ranks: Path, root: Pa
         assert_same_logits(engine.logits(ids), less, 1e-3)
     with Model(result.paths[1]) as engine:
         assert np.abs(engine.logits(ids) - less).mean() < 0.1 * np.ptp(less)
+
+
+@torch.no_grad()
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "rank"), [("deepseek2", 24), ("glm4-lite", 24)])
+def test_llama_cpp_computes_what_transformers_does(
+    name: str, rank: int, tiny: Tiny, root: Path, tmp_path: Path
+) -> None:
+    report = lower_ranks(tiny(name), tmp_path / "low", given(root, rank=rank))
+    assert set(report.went["ranks"].values()) == {rank} and report.weights[1] < report.weights[0]
+    ids, low = ids_of(tiny(name)), tmp_path / "low"
+    wanted = load(low)(torch.tensor([ids])).logits[0].numpy()
+    (path,) = llmcompress.quantize(low, tmp_path / "low.gguf", type="F32").paths
+    with Model(path) as engine:
+        assert_same_logits(engine.logits(ids), wanted, 1e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "message"),
+    [
+        ("deepseek3", ["--rank", "64"], "q_lora_rank is 64, kv_lora_rank is 32; none would become less"),
+        ("deepseek3", ["--rank", "16", "--max-ram", "1GiB"], "--max-ram: not for a model with ranks"),
+        ("deepseek3", [], "say how much goes, by --rank or --ratio"),
+    ],
+)
+def test_what_is_refused(name: str, flags: list[str], message: str, tiny: Tiny, tmp_path: Path) -> None:
+    command = ["prune", str(tiny(name)), "-o", str(tmp_path / "out"), "--method", "svd", *flags]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 2 and message in " ".join(done.output.split())
+    assert not list(tmp_path.iterdir())

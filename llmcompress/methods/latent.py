@@ -1,4 +1,4 @@
-"""A pair of matrices with a latent between them, on fewer ranks: y = B N(A x), N an RMS norm with a weight, or nothing.
+"""A pair of matrices with a latent between them, on fewer ranks: y = B N(A x), N an RMS norm with a weight.
 
 What goes is chosen by what y loses: of all ĉ of the given rank that are linear in the latent c = A x, B N(c) is nearest to
 y with that onto which the largest eigenvectors of Lᵀ Bᵀ B L map, H = L Lᵀ the products of B's inputs (methods/low_rank.py, seen from
@@ -20,7 +20,7 @@ def projection(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """P, float32 (rank, latent): the new latents are P c. And what makes the best guess of c from them, (latent, rank).
 
-    second: B, float32 (outputs, latent). gain: the norm's weight, float32 (latent,), ones where there is none. products: XᵀX of
+    second: B, float32 (outputs, latent). gain: the norm's weight, float32 (latent,). products: XᵀX of
     B's inputs. Raises RunError for products that say nothing.
     """
     hessian, gain = damped(products), gain.double()
@@ -36,13 +36,11 @@ def projection(
     return (coordinates @ left).float(), basis.float()
 
 
-def projected(inputs: torch.Tensor, gain: torch.Tensor | None, projection: torch.Tensor) -> torch.Tensor:
+def projected(inputs: torch.Tensor, gain: torch.Tensor, projection: torch.Tensor) -> torch.Tensor:
     """What the norm, its weight all ones, makes of the new latents: float32 (..., rank), from B's inputs (..., latent).
 
     An RMS norm forgets the length of what it gets, so its output tells P c but for that; of its epsilon this makes
-    nothing. Without a norm, a `gain` of None, the inputs are the latents."""
-    if gain is None:
-        return inputs.float() @ projection.T
+    nothing."""
     new = torch.where(gain == 0, 0, inputs.float() / gain) @ projection.T
     return new * (math.sqrt(len(projection)) / new.norm(dim=-1, keepdim=True).clamp_min(1e-30))
 
