@@ -43,3 +43,41 @@ print(*(sum(grid.kernel_dequantize.stats.cache_hits.values()) for grid, _ in use
     assert done.stdout.splitlines() == ["compiling kernels for this CPU, once: Q8_0 MXFP4", "0 1"], (
         done.stderr
     )
+
+
+KERNELS = """
+import math, sys
+from numba.extending import register_jitable
+from llmcompress.grids.compiled import compiled
+
+def kernel_of(number):
+    @register_jitable
+    def closure(n):  # too long for LLVM to make it part of what calls it
+        LINES
+        return number
+
+    @compiled(f"kernel_{number}")
+    def kernel(n):
+        return closure(n) + closure(n + 1.0)
+
+    return kernel
+
+if __name__ == "__main__":
+    print(*(kernel_of(number)(1.0) for number in map(int, sys.argv[1:])))
+""".replace("LINES", "\n        ".join(60 * ["n = math.sin(n) + math.cos(n)", "if n > 9: return 0"]))
+
+
+@pytest.mark.slow
+def test_kernels_of_two_processes_keep_their_own_closures_in_a_third(tmp_path: Path) -> None:
+    """IQ2_S and IQ3_XXS, compiled apart, once took entries by each other's search: 80 % of error, or a crash."""
+    (tmp_path / "kernels.py").write_text(KERNELS)
+
+    def run(*numbers: str) -> list[str]:
+        command = [sys.executable, "kernels.py", *numbers]
+        return subprocess.run(
+            command, cwd=tmp_path, capture_output=True, text=True, check=True
+        ).stdout.split()
+
+    apart = run("1") + run("100")
+    assert apart == ["2", "200"]
+    assert run("1", "100") == apart

@@ -59,8 +59,12 @@ def edit_tensors(model: Path, change: Callable[[dict], None]) -> None:
 
 CONFIGS = {
     "unknown class": (
-        {"architectures": ["LlamaForCausalLMs"]},
+        {"architectures": ["LlamaForCausalLMs"], "model_type": "lama"},
         "LlamaForCausalLMs; did you mean 'LlamaForCausalLM'",
+    ),
+    "unknown class of a known model_type": (
+        {"architectures": ["LlamaForCausalLMs"]},
+        "its model_type is llama; --architecture LlamaForCausalLM converts it as that",
     ),
     "no class": ({"architectures": ...}, "architectures is missing"),
     "more layers than tensors": ({"num_hidden_layers": 6}, "blk.5."),

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
+import secrets
 from collections.abc import Callable
 from typing import Any
 
 from numba import njit
+from numba.core.bytecode import FunctionIdentity
+
+# Numba numbers functions from 1 on in every process, and nothing but the number tells the symbols of two closures of the same
+# lines apart. Of kernels that two processes kept on the disk, a third would call one with the closure of the other: wrong
+# codes, or a crash. So every process begins elsewhere.
+FunctionIdentity._unique_ids = itertools.count(secrets.randbits(60))
 
 
 def compiled(name: str = "", **options: Any) -> Callable[[Callable], Callable]:
