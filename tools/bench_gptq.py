@@ -212,10 +212,9 @@ def by_ggml(path: Path, subject: Subject) -> float:
             if tensor.type.name in FLOATS:
                 continue
             weights = source.read(name).view(np.float32)
-            importance = hessian.weights(name, 1, weights.shape[1])
-            data = ggml.quantize(
-                weights, find_grid(tensor.type.name).ggml_type, None if importance is None else importance[0]
-            )
+            known = name in hessian.entries  # embeddings that are no head have no inputs
+            importance = hessian.weights(name, 1, weights.shape[1])[0] if known else None
+            data = ggml.quantize(weights, find_grid(tensor.type.name).ggml_type, importance)
             assert data.nbytes == tensor.nbytes
             file.seek(tensor.offset)
             file.write(data.tobytes())
