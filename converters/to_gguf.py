@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -15,17 +15,18 @@ from llmcompress.converters.mtp import keep_mtp
 from llmcompress.converters.tokenizer import read_vocabulary
 
 from llmcompress.checkpoint import Checkpoint
+from llmcompress.errors import LlmcompressError
 from llmcompress.fallback import MeasuredFallback
 from llmcompress.filetypes import FLOATS, tensor_order
 from llmcompress.gguf.imatrix import read_imatrix
 from llmcompress.gguf.value import Metadata
 from llmcompress.gguf_source import is_gguf
 from llmcompress.hessians import HessianFolder
-from llmcompress.importance import Source
+from llmcompress.importance import Importance, Source
 from llmcompress.mix import ModelTraits
 from llmcompress.plan import Plan, make_plan
 from llmcompress.progress import Progress
-from llmcompress.recipe import Recipe
+from llmcompress.recipe import Recipe, check_gains
 from llmcompress.sensitivity import CANDIDATES, Sensitivity, measure
 from llmcompress.step import Step
 from llmcompress.target import Target
@@ -77,27 +78,62 @@ def plan_gguf(model: str | Path, out: str | Path, recipe: Recipe, progress: Prog
 
 
 def _target(checkpoint: Checkpoint, recipe: Recipe, metadata: Metadata, progress: Progress) -> Target:
+    notes: list[str] = []
+    gains = partial(_gains, checkpoint, recipe.gains, recipe.data, progress, notes)
     if not recipe.confirm:
-        return Target(checkpoint, recipe, progress)
+        return Target(checkpoint, recipe, progress, gains=gains, notes=notes)
     from llmcompress.converters.confirmation import measured_divergence
 
     measure = partial(measured_divergence, checkpoint, recipe, metadata, progress)
-    return Target(checkpoint, recipe, progress, measure)
+    return Target(checkpoint, recipe, progress, measure, gains, notes)
+
+
+def _gains(
+    checkpoint: Checkpoint, how: str, data: Sequence[str], progress: Progress, notes: list[str], steps: Sequence[Step],
+    importance: Importance, energies: Mapping[str, float],
+) -> dict[str, float]:  # fmt: skip
+    """What `measure_gains` gives; none, and a note that says why, where the model is not run."""
+    if how == "predicted" or not importance:
+        return {}
+    try:
+        from llmcompress.converters.measured_gains import measure_gains
+
+        return measure_gains(checkpoint, steps, importance, energies, data, progress)
+    except (ImportError, LlmcompressError) as error:
+        remedy = "; pip install 'llmcompress[calibrate]'" if isinstance(error, ImportError) else ""
+        notes.append(f"how much each tensor's error counts is predicted, not measured: {error}{remedy}")
+        return {}
 
 
 def measure_gguf(
-    model: str | Path, recipe: Recipe, types: Sequence[str] = CANDIDATES, progress: Progress = Progress()
-) -> Sensitivity:
+    model: str | Path, recipe: Recipe, types: Sequence[str] = CANDIDATES, progress: Progress = Progress(),
+    gains: str = Recipe.gains,
+) -> Sensitivity:  # fmt: skip
     """The error of each tensor of `model` that can be quantized, in each of `types`, with the recipe's importance, method
-    and effort. Raises LlmcompressError as `plan_gguf` and `measure` do."""
-    plan = plan_gguf(model, "sensitivity.gguf", recipe)
+    and effort; and how much it counts, as `gains` says, one of recipe.GAINS. Raises LlmcompressError as `plan_gguf` and
+    `measure` do."""
+    check_gains(gains)
+    plan, notes = plan_gguf(model, "sensitivity.gguf", recipe), []
     quantized = [
         step for step, place in zip(plan.steps, plan.outputs[0].placements) if place.grid.name not in FLOATS
     ]
     with plan.checkpoint:
-        return measure(
-            plan.checkpoint, quantized, plan.importance, recipe.method, recipe.effort, types, progress
+        gains_of = partial(
+            _gains, plan.checkpoint, gains, recipe.data, progress, notes, quantized, plan.importance
         )
+        found = measure(
+            plan.checkpoint,
+            quantized,
+            plan.importance,
+            recipe.method,
+            recipe.effort,
+            types,
+            progress,
+            gains_of,
+        )
+    for note in notes:
+        progress.say(note)
+    return found
 
 
 def open_checkpoint(model: str | Path, recipe: Recipe) -> Checkpoint:

@@ -162,9 +162,12 @@ class Lockstep:
         block: int,
         seen: Callable[[int, torch.Tensor], None] | None = None,
         watch: Callable[[int], contextlib.AbstractContextManager] | None = None,
+        among: Iterable[int] | None = None,
     ) -> None:
-        """As `through`, but every batch comes back to where it was, for the block to be run again with other weights."""
-        for batch, output in self._outputs(block, watch or (lambda batch: contextlib.nullcontext())):
+        """As `through`, but every batch, or those `among` them, comes back to where it was, for the block to be run again
+        with other weights."""
+        self._packed = {}
+        for batch, output in self._outputs(block, watch or (lambda batch: contextlib.nullcontext()), among):
             if seen:
                 seen(batch, _hidden_of(output))
 
@@ -195,10 +198,13 @@ class Lockstep:
         return (hidden, *self._rest)
 
     def _outputs(
-        self, block: int, watch: Callable[[int], contextlib.AbstractContextManager]
+        self,
+        block: int,
+        watch: Callable[[int], contextlib.AbstractContextManager],
+        among: Iterable[int] | None = None,
     ) -> Iterator[tuple[int, Any]]:
         """Batches and their outputs, in order, at most one more than there are workers under way."""
-        batches = tuple(self._moving)
+        batches = tuple(self._moving if among is None else among)
         if min(self.workers, len(batches)) < 2:
             for batch in batches:
                 yield batch, self._run(block, self._fetched(batch), watch(batch))

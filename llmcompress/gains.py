@@ -5,12 +5,15 @@ by its share of the stream so far. Errors of q, k and v count by the share of th
 and up by that of ffn_down, and those of the output matrix by the size of the logits: for small errors KL is half the
 logits' error squared. The factors by role are KL divergences of single tensors in Q3_K over what this predicts,
 averaged over the two sample models (Llama and Qwen3, six blocks) and relative to attn_output's.
+
+All this is a guess, for where the model cannot be run; where it can, converters/measured_gains.py measures.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
+from statistics import median
 
 from llmcompress.filetypes import layer_number
 from llmcompress.mix import Role, role_of
@@ -55,3 +58,10 @@ def gains_of(energies: Mapping[str, float], rows: Mapping[str, int]) -> dict[str
         return FACTORS[role] * share
 
     return {name: gain(name) for name in rows}
+
+
+def completed(measured: Mapping[str, float], predicted: Mapping[str, float]) -> dict[str, float]:
+    """The measured gains, and for tensors without one the predicted, as much larger as those measured are in the median."""
+    both = [measured[name] / gain for name, gain in predicted.items() if gain and name in measured]
+    scale = median(both) if both else 1.0
+    return {name: measured.get(name, gain * scale) for name, gain in predicted.items()}

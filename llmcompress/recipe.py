@@ -26,12 +26,13 @@ SOURCE_TYPES = ("AUTO", "COPY")  # file types that the checkpoint decides
 VERIFY = ("off", "sample", "full")
 FALLBACKS = ("llama.cpp", "best")
 MTP = ("drop", "keep")
+GAINS = ("measured", "predicted")
 FORMATS = ("gguf", "gptq", "nf4", "fp4", "int8")
 STORAGE = ("uint8", "bfloat16", "float16", "float32")
 GGUF_ONLY = {
     "types", "tensor_types", "output_tensor_type", "token_embedding_type", "pure", "leave_output_tensor", "fallback",
     "architecture", "mtp", "pre", "name", "verify", "target_size", "target_bpw", "sensitivity",
-    "confirm",
+    "confirm", "gains",
 }  # fmt: skip
 FORMATS_OF = {  # fields that only some formats know
     **dict.fromkeys(GGUF_ONLY, ("gguf",)),
@@ -41,6 +42,12 @@ FORMATS_OF = {  # fields that only some formats know
     "sequential": ("gguf", "gptq"),
 }
 DEFAULT_MAX_RAM = 512 * 2**20
+
+
+def check_gains(how: str) -> None:
+    """Raises RecipeError for what is none of GAINS."""
+    if how not in GAINS:
+        raise RecipeError(f"gains: {how!r} is none of {', '.join(GAINS)}{nearest(how, GAINS)}")
 
 
 @dataclass(frozen=True)
@@ -60,6 +67,7 @@ class Recipe:
     target_size: int | None = None  # bytes of the file: types are chosen for the least error within them
     target_bpw: float | None = None  # or bits per weight of its tensors
     sensitivity: str | None = None  # a file of errors by `llmcompress sensitivity`, for a target
+    gains: str = "measured"  # or "predicted": how much a tensor's error counts, for a target with importance
     confirm: int = 0  # swaps of types that are tried by measuring, on `data`, for a target
     method: str = "nearest"  # what chooses the codes: rounding to nearest, or gptq
     hessian: str | None = None  # a folder of XᵀX by `calibrate --hessian`, for gptq
@@ -103,6 +111,7 @@ class Recipe:
             raise RecipeError(f"fallback: {self.fallback!r} is none of {', '.join(FALLBACKS)}{hint}")
         if self.mtp not in MTP:
             raise RecipeError(f"mtp: {self.mtp!r} is none of {', '.join(MTP)}{nearest(self.mtp, MTP)}")
+        check_gains(self.gains)
         check_effort(self.effort)
         if self.method not in METHODS:
             raise RecipeError(
@@ -206,7 +215,11 @@ class Recipe:
                 raise RecipeError("sensitivity: is for a target; add --target-size or --target-bpw")
             if self.confirm:
                 raise RecipeError("confirm: is for a target; add --target-size or --target-bpw")
+            if self.gains != Recipe.gains:
+                raise RecipeError("gains: is for a target; add --target-size or --target-bpw")
             return
+        if self.sensitivity and self.gains != Recipe.gains:
+            raise RecipeError("gains: are in the sensitivity file, too; leave one of the two out")
         if self.pure or self.types != Recipe.types:
             given = "pure" if self.pure else f"type {','.join(self.types)}"
             raise RecipeError(f"{given}: a target chooses the type of each tensor; leave one of the two out")

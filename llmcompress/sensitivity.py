@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -39,7 +39,8 @@ SAMPLE_WEIGHTS = 2**14  # in each
 @dataclass(frozen=True)
 class Sensitivity:
     """errors: relative error of each tensor, by GGUF name, in each type. energies: mean over tokens of the squared output of
-    those with importance. What they were measured with stands beside."""
+    those with importance. What they were measured with stands beside. gains: nats of KL divergence a token for each unit of
+    a tensor's relative error, of those that were measured (converters/measured_gains.py)."""
 
     checkpoint: str  # fingerprints
     importance: str
@@ -47,6 +48,7 @@ class Sensitivity:
     effort: str
     errors: Mapping[str, Mapping[str, float]]
     energies: Mapping[str, float]
+    gains: Mapping[str, float] = field(default_factory=dict)
 
     def save(self, path: str | Path) -> None:
         """Write a JSON file. Raises LlmcompressError where that is not possible."""
@@ -60,15 +62,15 @@ class Sensitivity:
             raise RecipeError(f"{path}: is no file; make it with `llmcompress sensitivity`")
         held = read_object(Path(path))
         words = [held.get(key) for key in ("checkpoint", "importance", "method", "effort")]
-        errors, energies = held.get("errors"), held.get("energies")
+        errors, energies, gains = held.get("errors"), held.get("energies"), held.get("gains", {})
         if held.get("llmcompress") != "sensitivity" or not all(isinstance(word, str) for word in words):
             raise RecipeError(f"{path}: is no sensitivity file; make one with `llmcompress sensitivity`")
         sound = isinstance(errors, dict) and all(
             _are_numbers(found) and found.keys() <= set(CANDIDATES) for found in errors.values()
         )
-        if not sound or not _are_numbers(energies):
+        if not sound or not _are_numbers(energies) or not _are_numbers(gains):
             raise RecipeError(f"{path}: is damaged; measure again with `llmcompress sensitivity`")
-        return cls(*words, errors, energies)
+        return cls(*words, errors, energies, gains)
 
     def check_made_from(
         self, checkpoint: Checkpoint, importance: Importance, method: str, effort: str, path: str | Path
@@ -92,8 +94,9 @@ def measure(
     effort: str = "normal",
     types: Sequence[str] = CANDIDATES,
     progress: Progress = Progress(),
+    gains: Callable[[Mapping[str, float]], Mapping[str, float]] = lambda energies: {},
 ) -> Sensitivity:
-    """Round sampled rows of every step to every type that can hold it.
+    """Round sampled rows of every step to every type that can hold it. `gains` measures those, given the energies.
 
     Raises RecipeError for a type that is none of CANDIDATES, RunError for weights that are not finite.
     """
@@ -110,13 +113,15 @@ def measure(
     for name, found, energy in in_parallel(cores(), steps, work):
         errors[name], energies[name] = found, energy
         progress.advance(1)
+    known = {step.name: energies[step.name] for step in steps if step.name in importance}
     return Sensitivity(
         checkpoint.fingerprint(),
         importance.fingerprint(),
         method,
         effort,
         {step.name: errors[step.name] for step in steps},
-        {step.name: energies[step.name] for step in steps if step.name in importance},
+        known,
+        gains(known),
     )
 
 

@@ -7,8 +7,18 @@ from typing import Annotated, Optional
 
 import typer
 
-from llmcompress.model_commands import patient_threads
+from llmcompress.model_commands import Data, patient_threads
 from llmcompress.reported import reported
+
+Gains = Annotated[
+    Optional[str],
+    typer.Option(
+        "--gains",
+        metavar="HOW",
+        help="How much each tensor's error counts, for a target: measured, on --data, or predicted.  [default: measured "
+        "where there is importance]",
+    ),
+]
 
 
 @reported
@@ -23,6 +33,8 @@ def sensitivity(
     hessian: Annotated[
         Optional[str], typer.Option("--hessian", metavar="DIR", help="A folder by calibrate --hessian.")
     ] = None,
+    gains: Gains = None,
+    data: Data = None,
     types: Annotated[
         Optional[list[str]],
         typer.Option("--types", metavar="A,B", help="The types to choose from, such as Q3_K,Q4_K.  [default: all]"),
@@ -44,11 +56,12 @@ def sensitivity(
     from llmcompress.sensitivity import CANDIDATES
 
     named = tuple(part.upper() for given in types or () for part in given.split(",")) or CANDIDATES
-    recipe = Recipe(imatrix=imatrix, hessian=hessian, method=method, effort=effort)
+    texts = tuple(data) if data else Recipe.data
+    recipe = Recipe(imatrix=imatrix, hessian=hessian, method=method, effort=effort, data=texts)
     path = out.replace("{name}", Checkpoint.open(model).name)
     progress = display.live_progress()
     try:
-        found = measure_gguf(model, recipe, named, progress)
+        found = measure_gguf(model, recipe, named, progress, gains or Recipe.gains)
     finally:
         progress.close()
     found.save(path)

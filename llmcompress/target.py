@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from llmcompress.allocate import Option, allocate
 from llmcompress.checkpoint import Checkpoint
 from llmcompress.confirm import Swap, confirmed
 from llmcompress.errors import PlanError, RecipeError
 from llmcompress.filetypes import FILE_TYPES, FileType, TypeChoice
-from llmcompress.gains import gains_of
+from llmcompress.gains import completed, gains_of
 from llmcompress.gguf.layout import DEFAULT_ALIGNMENT
 from llmcompress.grids import GRIDS
 from llmcompress.importance import Importance
@@ -36,6 +37,7 @@ SLACK = 0.005  # of the budget, that a swap may leave empty
 Measure = Callable[
     [Sequence[Step], Importance], AbstractContextManager[Callable[[Sequence[TypeChoice]], float]]
 ]
+MeasureGains = Callable[[Sequence[Step], Importance, Mapping[str, float]], Mapping[str, float]]
 
 
 @dataclass(frozen=True)
@@ -43,13 +45,15 @@ class Target:
     """Chooses the types of all tensors that no rule or option decides.
 
     measure: gives the mean KL divergence, in nats, of a model whose tensors have the chosen types; needed where the
-    recipe has swaps confirmed. notes: what came of those.
+    recipe has swaps confirmed. gains: measures those of tensors with these energies, where no file has them. notes: what
+    came of it all.
     """
 
     checkpoint: Checkpoint
     recipe: Recipe
     progress: Progress = Progress()
     measure: Measure | None = None
+    gains: MeasureGains = lambda steps, importance, energies: {}
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -140,7 +144,8 @@ class Target:
     def _counted(self, free: Sequence[Step], importance: Importance) -> dict[str, dict[str, float]]:
         """The error of each tensor in each type, as much as it counts in the model's output."""
         found = self._sensitivity(free, importance)
-        gains = gains_of(found.energies, {step.name: step.shape[-2] for step in free})
+        predicted = gains_of(found.energies, {step.name: step.shape[-2] for step in free})
+        gains = completed(found.gains, predicted)
         return {
             step.name: {name: gains[step.name] * error for name, error in found.errors[step.name].items()}
             for step in free
@@ -150,10 +155,10 @@ class Target:
         """From the file, if there is one."""
         recipe, path = self.recipe, self.recipe.sensitivity
         if path is None:
-            found = measure(
-                self.checkpoint, free, importance, recipe.method, recipe.effort, progress=self.progress
-            )
-            return found
+            return measure(
+                self.checkpoint, free, importance, recipe.method, recipe.effort, progress=self.progress,
+                gains=partial(self.gains, free, importance),
+            )  # fmt: skip
         held = Sensitivity.load(path)
         held.check_made_from(self.checkpoint, importance, recipe.method, recipe.effort, path)
         missing = [step.name for step in free if not held.errors.get(step.name)]

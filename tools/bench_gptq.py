@@ -151,7 +151,7 @@ def sequential(subject: Subject, types: list[str]) -> None:
 def targets(subject: Subject, mixes: list[str]) -> None:
     """Print two rows for each mix."""
     for method in ("nearest", "gptq"):
-        recipe = Recipe(hessian=str(subject.hessian), method=method)
+        recipe = Recipe(hessian=str(subject.hessian), method=method, data=subject.options.data)
         measure_gguf(subject.model, recipe).save(subject.work / f"{method}.json")
     for name in mixes:
         mix, _ = subject.made("mix.gguf", type=name)
