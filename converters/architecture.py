@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 from llmcompress.converters.config import Config
+from llmcompress.converters.embedding_rows import row_for_each_token
 from llmcompress.converters.operations import Cut, Make, Shape, copied, equal_parts, picked
 from llmcompress.converters.shapes import check_shapes
 
@@ -193,9 +194,7 @@ def steps_of(architecture: Architecture, checkpoint: Checkpoint, tokens: int) ->
             )
     steps = [_step(name, experts, config) for name, experts in sources.items()]
     if architecture.tokens_decide_rows:
-        steps = [
-            _cut_rows(step, tokens, notes) if step.name == "token_embd.weight" else step for step in steps
-        ]
+        steps = [row_for_each_token(step, tokens, notes) for step in steps]
     _check_complete(architecture, config, steps, tokens)
     check_shapes(steps, architecture.keys(config), tokens, architecture.shapes(config))
     steps += [
@@ -334,17 +333,6 @@ def _step(name: str, sources: Mapping[int | None, tuple[TensorInfo, Rule, int]],
     return Step(
         name, (len(tensors), *shape), pieces, operation, stored_as=stored_as and (len(tensors), *stored_as)
     )
-
-
-def _cut_rows(step: Step, rows: int, notes: list[str]) -> Step:
-    """The embedding without the rows that no token uses."""
-    (piece,) = step.pieces
-    if rows >= piece.rows:
-        return step
-    notes.append(
-        f"{piece.tensor.name}: {piece.rows - rows} rows of {piece.rows} belong to no token and are left out"
-    )
-    return Step(step.name, (rows, step.columns), (Piece(piece.tensor, 0, rows),), step.operation)
 
 
 def _check_complete(architecture: Architecture, config: Config, steps: Sequence[Step], tokens: int) -> None:
