@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -58,6 +58,15 @@ def through_all(lockstep: Lockstep, given: list[torch.Tensor]) -> None:
 
 def in_memory(lockstep: Lockstep) -> set[str]:
     return {name for name, value in lockstep.model.named_parameters() if not value.is_meta}
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Commands that other tests run in this process set torch's threads, in which sums and their order would differ."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @torch.no_grad()
