@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from llmcompress.grids import GRIDS
-from llmcompress.grids.compiled import compiled
+from llmcompress.grids.compiled import KernelFile, compiled
 from llmcompress.grids.grid import Grid
 
 
@@ -24,8 +26,29 @@ def test_kernels_are_cached_where_they_can_be() -> None:
     assert "NullCache" not in repr(compiled()(double)._cache)
 
 
+def test_kernels_are_kept_by_kernel_file() -> None:
+    for kernel in (GRIDS["Q4_0"].kernel_dequantize, GRIDS["IQ4_NL"].kernels_by_effort["normal"]):
+        assert type(kernel._cache._cache_file) is KernelFile
+
+
+@pytest.mark.parametrize("between", ["_save_index", "_save_data"])
+def test_processes_that_add_to_a_kernel_at_once_keep_their_own_code(between: str, tmp_path: Path) -> None:
+    """One entry may be lost; in Numba's own file each signature can be left with the code of the other, and crash."""
+    one, other = (KernelFile(str(tmp_path), "kernel", "stamp") for _ in range(2))
+    other._load_index = dict  # as it was before either began
+    save = getattr(one, between)
+
+    def interrupted(*arguments) -> None:
+        other.save("with importance", "code with importance")
+        save(*arguments)
+
+    setattr(one, between, interrupted)
+    one.save("without", "code without")
+    found = [KernelFile(str(tmp_path), "kernel", "stamp").load(key) for key in ("without", "with importance")]
+    assert found[0] == "code without" and found[1] in (None, "code with importance")
+
+
 def test_kernels_made_by_the_same_lines_are_kept_apart() -> None:
-    """Numba keeps kernels of one name in one numbered list, which two processes can mix up."""
     kernels = {
         id(kernel): kernel
         for grid in GRIDS.values()
