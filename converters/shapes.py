@@ -50,7 +50,10 @@ def _expected(keys: Mapping[str, Any], tokens: int) -> dict[str, tuple[int, ...]
     experts, expert_inner = keys.get("expert_count", 0), keys.get("expert_feed_forward_length", inner)
     return {
         "token_embd": (tokens, hidden),
-        "per_layer_token_embd": (tokens, keys["block_count"] * keys.get("embedding_length_per_layer_input", 0)),
+        "per_layer_token_embd": (
+            tokens,
+            keys["block_count"] * keys.get("embedding_length_per_layer_input", 0),
+        ),
         "position_embd": (keys["context_length"], hidden),
         "output": (tokens, hidden),
         **dict.fromkeys(
