@@ -8,7 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from numba.core.bytecode import FunctionIdentity
 from synthetic_checkpoint import Llama, write_checkpoint
+
+import llmcompress.grids.compiled  # noqa: F401
 
 LINE = "compiling kernels for this CPU, once: F32 F16"
 
@@ -81,3 +84,13 @@ def test_kernels_of_two_processes_keep_their_own_closures_in_a_third(tmp_path: P
     apart = run("1") + run("100")
     assert apart == ["2", "200"]
     assert run("1", "100") == apart
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_process_numbers_its_kernels_from_elsewhere() -> None:
+    reading, writing = os.pipe()
+    if not (child := os.fork()):
+        os.write(writing, str(next(FunctionIdentity._unique_ids)).encode())
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert abs(int(os.read(reading, 64)) - next(FunctionIdentity._unique_ids)) > 2**20

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import os
 import secrets
 from collections.abc import Callable
 from typing import Any
@@ -12,10 +13,19 @@ from numba import njit
 from numba.core.bytecode import FunctionIdentity
 from numba.core.caching import IndexDataCacheFile
 
-# Numba numbers functions from 1 on in every process, and nothing but the number tells the symbols of two closures of the same
-# lines apart. Of kernels that two processes kept on the disk, a third would call one with the closure of the other: wrong
-# codes, or a crash. So every process begins elsewhere.
-FunctionIdentity._unique_ids = itertools.count(secrets.randbits(60))
+
+def number_from_elsewhere() -> None:
+    """Begin to number functions where no other process does.
+
+    Numba begins at 1, and nothing but the number tells the symbols of two closures of the same lines apart. Of kernels that
+    two processes kept on the disk, a third would call one with the closure of the other: wrong codes, or a crash.
+    """
+    FunctionIdentity._unique_ids = itertools.count(secrets.randbits(60))
+
+
+number_from_elsewhere()
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=number_from_elsewhere)
 
 
 class KernelFile(IndexDataCacheFile):
