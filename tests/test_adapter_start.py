@@ -66,6 +66,7 @@ def moved(model: peft.PeftModel) -> None:
             weight += 0.1 * weight.std() * torch.randn(weight.shape, generator=chance)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 @pytest.mark.parametrize("method", ["lora", "rslora"])
 def test_pissa_starts_as_the_model_and_is_saved_for_it(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -48,6 +49,7 @@ def tensors(seed: int, count: int = 200) -> list[list[Option]]:
     return groups
 
 
+@pytest.mark.slow
 def test_large_sizes_are_met_closely_and_the_same_way_each_time() -> None:
     groups = tensors(0)
     for bits in (2.5, 3.9, 4.8, 7.0):
@@ -57,6 +59,7 @@ def test_large_sizes_are_met_closely_and_the_same_way_each_time() -> None:
         assert 0.995 * budget <= total(groups, chosen)[0] <= budget
 
 
+@pytest.mark.slow
 def test_more_bytes_never_give_more_error() -> None:
     groups = tensors(1, 30)
     sizes = np.linspace(*(sum(group[end].nbytes for group in groups) for end in (0, -1)), 60)
@@ -65,6 +68,7 @@ def test_more_bytes_never_give_more_error() -> None:
     assert errors[0] > errors[-1]
 
 
+@pytest.mark.slow
 def test_no_point_of_the_lagrangian_search_is_better() -> None:
     """Each multiplier's choice is the best of its own size; the units of bytes cost next to nothing."""
     groups = tensors(2)

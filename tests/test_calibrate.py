@@ -190,6 +190,7 @@ def test_statistics_of_experts_are_llama_imatrix_s(name: str, tiny: Tiny, root: 
         assert error < (1e-6 if before_attention else 1.2e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "head"),
     [("llama", "output"), ("llama-tied", "token_embd"), ("gpt2", "token_embd"), ("gemma3", "token_embd"),
@@ -229,6 +230,7 @@ def test_legacy_files_hold_the_same(tiny: Tiny, tmp_path: Path) -> None:
         np.testing.assert_allclose(old.entries[name].squares, sums.squares, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_hessians_are_products_whose_diagonal_is_the_statistics(tiny: Tiny, tmp_path: Path) -> None:
     folder = tmp_path / "deep" / "products"
     calibrate_model(tiny("mixtral"), tmp_path / "a.gguf", SMALL, Progress(), folder)
@@ -297,6 +299,7 @@ def stopped(folder: Path, tmp_path: Path, hessian: Path | None = None) -> Path:
     return tmp_path / "a.gguf.state"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change", [{"seed": 1}, {"tokens": 1000}, {"dtype": "bf16"}, {"data": ("code",)}, {"batch_tokens": 64}]
 )

@@ -270,6 +270,7 @@ def test_a_file_that_may_not_be_read(tmp_path):
         Checkpoint.open(directory)
 
 
+@pytest.mark.slow
 def test_the_index_of_a_very_large_model(tmp_path):
     """90,000 tensors in 160 shards, as DeepSeek-V3 has: sparse files, so that only headers take room."""
     weight_map: dict[str, str] = {}

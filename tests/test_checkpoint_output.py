@@ -131,6 +131,7 @@ def test_a_damaged_piece_is_made_again(tensor: str, killed: Path, undisturbed: d
     assert 0 in made and contents(killed / "out") == undisturbed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "lost", ["out.journal", "out.part/scratch", "out.part/model-00001-of-00002.safetensors"]
 )
@@ -140,6 +141,7 @@ def test_what_is_lost_is_made_again(lost: str, killed: Path, undisturbed: dict[s
     assert contents(killed / "out") == undisturbed
 
 
+@pytest.mark.slow
 def test_a_kill_at_any_write_of_the_end(undisturbed: dict[str, bytes], tmp_path: Path) -> None:
     """From the tensors made last to the folder's name: the n-th system call that changes a file is the last one."""
     real, names = (
@@ -237,6 +239,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 FORMATS = [{"format": "gptq"}, {"format": "nf4", "double_quant": True}, {"format": "int8"}]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", FORMATS, ids=lambda options: options["format"])
 def test_a_killed_job_goes_on_whatever_the_format(
     options: dict, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

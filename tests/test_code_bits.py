@@ -121,6 +121,7 @@ def test_the_lattice_is_what_the_decoder_gives(name: str, weights: np.ndarray) -
         assert (np.abs(ours - decoded) <= 2 * np.finfo(np.float32).eps * span).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_ggml_decodes_put_codes_alike(name: str, weights: np.ndarray) -> None:
     llama_cpp = pytest.importorskip("llama_cpp")

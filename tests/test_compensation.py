@@ -123,6 +123,7 @@ def error_left(reference: Path, artefact: Path, adapter: Path, hessian: Path) ->
     return left
 
 
+@pytest.mark.slow
 def test_of_a_gguf_in_llama_cpp_and_in_peft(
     made: Callable[[str], Path], tiny: Callable[[str], Path], tmp_path: Path
 ) -> None:
@@ -158,6 +159,7 @@ def test_of_a_gguf_in_llama_cpp_and_in_peft(
     assert manifest["rank"] == 8 and manifest["linears"].keys() == {linear.name for linear in report.linears}
 
 
+@pytest.mark.slow
 def test_a_real_model_is_nearer_to_itself_with_it(root: Path, tmp_path: Path) -> None:
     model = root / "examples" / "sample-llama-6m"
     artefact = llmcompress.quantize(model, tmp_path / "q.gguf", type="Q2_K", verify="off").paths[0]

@@ -195,6 +195,7 @@ def test_an_unknown_version_of_gptq_is_refused(tmp_path: Path) -> None:
 # bitsandbytes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
 @pytest.mark.parametrize("double", [False, True])
 @pytest.mark.parametrize("shape, block", [((96, 256), 64), ((33, 100), 64), ((7, 5), 128), ((300, 256), 128)])
@@ -670,6 +671,7 @@ def damages(value: torch.Tensor) -> dict[str, torch.Tensor | None]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [*examples()])
 def test_whatever_is_damaged_is_an_error_that_says_so(method: str, tmp_path: Path) -> None:
     tensors, settings = examples()[method]

@@ -137,6 +137,7 @@ def test_pieces_do_not_change_the_figures(temporaries, monkeypatch):
         np.testing.assert_allclose(getattr(pieces.per_token(), name), getattr(whole, name), rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads the peak of memory in /proc")
 def test_memory_beside_the_logits(root):
     """Of a process of its own: the C library's heap must not grow either, as it does between kept fragments."""

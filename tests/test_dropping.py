@@ -97,6 +97,7 @@ def sample(root: Path) -> Path:
     return root / "examples" / "sample-llama-6m"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("by", ["loss", "kl"])
 def test_a_run_measures_what_evaluating_each_smaller_model_would(
     by: str, sample: Path, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -159,6 +160,7 @@ def test_a_tie_is_less_than_two_standard_errors_of_the_rows_differences() -> Non
     assert layers.tied({layer: rows[:1] for layer, rows in found.items()})[1:]  # a single row tells nothing
 
 
+@pytest.mark.slow
 def test_a_killed_search_goes_on(
     sample: Path, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

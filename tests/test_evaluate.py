@@ -180,6 +180,7 @@ def exact(request, sample: Path, files, root: Path, tmp_path_factory) -> tuple[P
     return model, path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("style", WINDOWS)
 def test_perplexity_of_an_f32_file(style: str, exact: tuple[Path, Path], text: Path, options) -> None:
     """As by transformers on the checkpoint, and as by llama.cpp on the file."""
@@ -200,6 +201,7 @@ def test_perplexity_of_an_f32_file(style: str, exact: tuple[Path, Path], text: P
 # A quantized file
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("type, style", [("Q4_0", "transformers"), ("Q3_K_M", "llama.cpp")])
 def test_figures_of_a_quantized_file_are_those_of_whole_models(
     type: str, style: str, sample: Path, files, options
@@ -215,6 +217,7 @@ def test_figures_of_a_quantized_file_are_those_of_whole_models(
     assert list(report.evaluation.hidden_errors)[0] == "model.layers.0"
 
 
+@pytest.mark.slow
 def test_fewer_bits_are_further_away(sample: Path, files, options) -> None:
     four, three = (evaluated(files[type], sample, options) for type in ("Q4_0", "Q3_K_M"))
     assert 0 < values(four)["mean_kl"] < values(three)["mean_kl"]
@@ -222,6 +225,7 @@ def test_fewer_bits_are_further_away(sample: Path, files, options) -> None:
     assert 0 < four.evaluation.hidden_errors[last] < three.evaluation.hidden_errors[last]
 
 
+@pytest.mark.slow
 def test_batches_and_spilled_states_do_not_change_the_figures(sample, files, options, monkeypatch) -> None:
     whole = evaluated(files["Q4_0"], sample, options)
     monkeypatch.setattr(evaluation, "LOGITS_BYTES", 1)
@@ -250,6 +254,7 @@ def test_logits_of_one_batch_at_a_time(sample, files, options, monkeypatch) -> N
     assert alive == [0, 1] * (len(alive) // 2) and len(alive) > 4 and max(rows) > 1
 
 
+@pytest.mark.slow
 def test_shards_and_a_file_of_any_name(sample: Path, files, options, tmp_path: Path) -> None:
     options = replace(options, tokens=2 * CHUNK)
     expected = evaluated(files["Q4_0"], sample, options)
@@ -286,6 +291,7 @@ def test_a_checkpoint_as_artefact(sample: Path, perturbed: Path, options) -> Non
     assert values(report) == pytest.approx(expected, rel=1e-4, abs=1e-7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_the_first_block_that_is_not_finite_is_named(value, sample: Path, perturbed: Path, options) -> None:
     state = load_file(perturbed / "model.safetensors")
@@ -327,6 +333,7 @@ def test_a_bitsandbytes_checkpoint(sample: Path, options, tmp_path: Path) -> Non
     assert len(report.evaluation.hidden_errors) == network.config.num_hidden_layers
 
 
+@pytest.mark.slow
 def test_half_precision_is_near(sample: Path, files, options) -> None:
     single, half = (
         evaluated(files["Q4_0"], sample, replace(options, dtype=dtype)) for dtype in ("f32", "bf16")
@@ -555,6 +562,7 @@ def test_artefacts_that_are_not_the_references(sample, files, options, root, tmp
             evaluated(artefact, reference, options)
 
 
+@pytest.mark.slow
 def test_a_model_of_fewer_layers_is_held_against_its_reference(sample: Path, options, tmp_path: Path) -> None:
     shallow = shutil.copytree(sample, tmp_path / "shallow")
     config = json.loads((shallow / "config.json").read_text())

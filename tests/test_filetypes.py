@@ -38,6 +38,7 @@ def read_snapshot(path: Path) -> tuple[dict[str, int], dict[str, tuple[str, dict
     return {key: int(value) for key, value in re.findall(r"(\w+)=(\d+)", numbers)}, sections
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SNAPSHOTS)
 def test_every_decision_of_llama_cpp(name, request):
     path = GOLDEN / f"{name}.schema"

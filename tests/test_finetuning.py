@@ -285,6 +285,7 @@ def test_what_has_no_adapter_is_said(
     assert len([note for note in report.notes if "row of its own" not in note]) == len(notes)
 
 
+@pytest.mark.slow
 def test_what_cannot_be_done_is_one_line(tiny: Callable[[str], Path], tmp_path: Path, data: str) -> None:
     for options, message in (
         (

@@ -395,6 +395,7 @@ def test_a_header_has_a_largest_size(tmp_path):
         GGUFFile.open(path)
 
 
+@pytest.mark.slow
 def test_a_file_cut_anywhere_is_refused(tmp_path):
     whole = write(tmp_path / "a.gguf").read_bytes()
     last = lay_out(METADATA, TENSORS).offsets[-1] + TENSORS[-1].nbytes

@@ -79,6 +79,7 @@ def plain_errors(errors: np.ndarray, hessian: np.ndarray) -> float:
     return float(errors @ hessian @ errors)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SINGLE)
 def test_the_sweep_is_that_of_a_plain_loop(name: str) -> None:
     columns = GRIDS[name].block
@@ -119,6 +120,7 @@ def test_an_entry_is_the_best_of_all_for_its_signs_given_what_the_columns_behind
         left[:, start + size :] -= errors @ factor[group, start + size :]
 
 
+@pytest.mark.slow
 def test_columns_of_later_blocks_hear_of_the_errors_before_them() -> None:
     """The whole sweep over several blocks, whose scales come from the weights as they are by then."""
     grid, weights, hessian = GRIDS["Q4_0"], weights_of(4, 544, 3), products_of(544, seed=3)
@@ -153,6 +155,7 @@ def test_the_number_of_threads_changes_no_bit_of_the_factor(columns: int) -> Non
     assert all(np.array_equal(factors[0], factor) for factor in factors[1:])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_no_row_is_worse_than_nearest_and_most_are_far_better(name: str) -> None:
     weights, hessian = weights_of(24, 512), products_of(512)
@@ -355,6 +358,7 @@ def test_the_caller_s_arrays_and_the_random_state_are_left_alone() -> None:
     np.testing.assert_array_equal(numpy_state, np.random.get_state()[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*TYPICAL, "IQ3_XXS"])
 def test_rows_are_alone_whatever_slab_and_thread_they_are_in(name: str) -> None:
     weights, solver = weights_of(37, 768, 6), Solver.of(products_of(768, seed=6))
@@ -366,6 +370,7 @@ def test_rows_are_alone_whatever_slab_and_thread_they_are_in(name: str) -> None:
         np.testing.assert_array_equal(np.concatenate(parts), whole, err_msg=f"slabs of {size} rows")
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(
     name=st.sampled_from(NAMES),

@@ -46,6 +46,7 @@ def different(one: Path, two: Path) -> list[str]:
     return [name for name in one if not np.array_equal(one[name], two[name])]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_bytes_are_the_same_from_saved_sums_and_while_calibrating(
     name: str, tiny: Tiny, tmp_path: Path
@@ -72,6 +73,7 @@ def reached(rungs: dict[str, int]) -> bool:
     return any(not rung.startswith("rounded to nearest") for rung in rungs)
 
 
+@pytest.mark.slow
 def test_slabs_and_threads_do_not_change_a_byte(tiny: Tiny, tmp_path: Path) -> None:
     model = tiny("llama-tied")
     folder = hessian_of(model, tmp_path / "sums")
@@ -81,6 +83,7 @@ def test_slabs_and_threads_do_not_change_a_byte(tiny: Tiny, tmp_path: Path) -> N
     assert different(tmp_path / "one.gguf", tmp_path / "two.gguf") == []
 
 
+@pytest.mark.slow
 def test_experts_of_a_layer_that_saw_nothing_are_rounded_to_nearest_and_the_report_says_so(
     tiny: Tiny, tmp_path: Path
 ) -> None:
@@ -144,6 +147,7 @@ def test_types_without_a_layout_have_the_bytes_of_nearest(tiny: Tiny, tmp_path: 
         assert different(one, two) == []
 
 
+@pytest.mark.slow
 def test_a_killed_job_goes_on_to_the_same_bytes(tiny: Tiny, tmp_path: Path) -> None:
     recipe = Recipe(types=("Q4_K_M",), method="gptq", calibrate=True, data=("prose",), tokens=2048)
 
@@ -181,6 +185,7 @@ def test_contradictions_are_refused() -> None:
             Recipe(method="gptq", **pair)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -37,6 +37,7 @@ def test_which_formats_hold_an_exact_zero() -> None:
     assert zero_code(integer_grid(4, 128, True)) == 8 and zero_code(integer_grid(4, 128, False)) is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("grid", ["Q3_K", "Q6_K", "Q8_0", "int4", "int4 act-order"])
 @pytest.mark.parametrize("pattern", ["", "2:4"])
 def test_jointly_is_better_than_rounding_what_is_left(grid: str, pattern: str) -> None:

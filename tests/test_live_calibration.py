@@ -37,6 +37,7 @@ def tensors(path: Path) -> dict[str, np.ndarray]:
         return {name: file.read(name).copy() for name in file.tensors}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama-tied", "llama", "qwen3moe", "phi3", "gpt2"])
 def test_bytes_are_those_of_calibrating_first(name: str, tokenizers: dict[str, Path], tmp_path: Path) -> None:
     model = build(name, tmp_path / "tiny", tokenizers)
@@ -81,6 +82,7 @@ def test_weights_of_the_blocks_are_read_once(
     assert {name: rows[name] for name in matrices} == matrices
 
 
+@pytest.mark.slow
 def test_a_killed_job_goes_on_and_ends_in_the_same_bytes(tokenizers: dict[str, Path], tmp_path: Path) -> None:
     model = build("llama", tmp_path / "tiny", tokenizers)
     recipe = Recipe(types=(TYPE,), calibrate=True, data=("prose",), tokens=TOKENS)

@@ -88,6 +88,7 @@ def of_half_the_ranks(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> P
     return folder
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_ranks_that_say_nothing_go_for_nothing(of_half_the_ranks: Path, root: Path, tmp_path: Path) -> None:
     model, out = of_half_the_ranks, tmp_path / "low"

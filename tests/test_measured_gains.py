@@ -68,6 +68,7 @@ def kept_spreads(monkeypatch: pytest.MonkeyPatch) -> list[NoisyCheckpoint]:
     return made
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_a_gain_is_what_noise_does_to_the_whole_model(name: str, measured: Callable, monkeypatch) -> None:
     made = kept_spreads(monkeypatch)
@@ -102,6 +103,7 @@ def test_a_gain_is_what_noise_does_to_the_whole_model(name: str, measured: Calla
                     held[tensor].copy_(torch.from_numpy(noisy.read(tensor)).view(held[tensor].shape))
 
 
+@pytest.mark.slow
 def test_noise_is_a_known_share_of_what_a_tensor_puts_out(measured: Callable, monkeypatch) -> None:
     made = kept_spreads(monkeypatch)
     model, recipe, found = measured("llama")

@@ -84,6 +84,7 @@ TRAINED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trained", TRAINED)
 @pytest.mark.parametrize("name", ["llama-tied", pytest.param("llama-bias", marks=SLOW)])
 def test_a_merged_model_computes_what_the_adapted_one_did(
@@ -177,6 +178,7 @@ def test_a_killed_merge_goes_on_with_the_same_bytes(tiny: Callable[[str], Path],
         assert (whole / name).read_bytes() == (tmp_path / "merged" / name).read_bytes(), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["lora", "dora"])
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_quantizing_with_an_adapter_is_merging_and_then_quantizing(

@@ -94,6 +94,7 @@ def test_a_checkpoint_alone(report, sample: Path, short: list[str]) -> None:
     assert not any(word in "\n".join(lines) for word in ("KL", "hidden", "against"))
 
 
+@pytest.mark.slow
 def test_logits_saved_and_used(quantized, sample, short, tmp_path: Path) -> None:
     path = tmp_path / "sample.logits"
     windows = ("--windows", "llama.cpp")

@@ -143,6 +143,7 @@ def test_reconstruction_is_nearer_to_a_trained_model(root: Path, tmp_path: Path)
     assert found["reconstruction"] < 0.85 * found["norm"]  # 0.76 measured
 
 
+@pytest.mark.slow
 def test_a_killed_job_goes_on_behind_its_last_block(
     tiny: Tiny, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -102,6 +102,7 @@ def test_canonical_spellings() -> None:
     assert canonical(r"\++") == r"\++", "an escaped plus is no quantifier"
 
 
+@pytest.mark.slow
 def test_the_hash_finds_what_the_regexes_do_not(shared) -> None:
     for folder, name in [("qwen2", "qwen2"), ("llama-3-from-gguf", "llama-bpe"), ("falcon", "falcon")]:
         tokenizer = Tokenizer.from_file(str(shared / "tokenizers" / folder / "tokenizer.json"))

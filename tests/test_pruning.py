@@ -177,6 +177,7 @@ def test_a_killed_run_goes_on_with_the_same_bytes(
         assert (whole / name).read_bytes() == (tmp_path / "out" / name).read_bytes(), name
 
 
+@pytest.mark.slow
 def test_it_loads_in_transformers_and_runs_in_llama_cpp(tiny: Tiny, tmp_path: Path) -> None:
     folder = prune(tiny("llama-tied"), tmp_path / "out", method="sparsegpt", sparsity=0.5)
     ids = [1, 5, 300, 17, 250, 99, 4, 77]

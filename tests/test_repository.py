@@ -184,6 +184,7 @@ def test_every_architecture_is_listed(root: Path) -> None:
     assert {id(family) for family in found} == {id(family) for family in ARCHITECTURES}
 
 
+@pytest.mark.slow
 def test_the_readmes_table_of_models_is_that_of_the_code(root: Path) -> None:
     spec = importlib.util.spec_from_file_location("models_table", root / "tools" / "models_table.py")
     tool = importlib.util.module_from_spec(spec)
@@ -211,6 +212,7 @@ def test_commands_run_as_written(root: Path, tmp_path: Path, page: str) -> None:
         assert done.returncode == 0, f"{command}: {done.stderr}"
 
 
+@pytest.mark.slow
 def test_the_readme_python_runs_as_written(root: Path, tmp_path: Path) -> None:
     (tmp_path / "examples").symlink_to(root / "examples")
     (code,) = re.findall(r"```python\n(.*?)```", (root / "README.md").read_text(), re.DOTALL)

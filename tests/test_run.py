@@ -424,6 +424,7 @@ def test_a_folder_without_write_permission(odd, tmp_path):
         quantized(odd, tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("threads", [1, 3, 8])
 @pytest.mark.parametrize("slab_weights", [1, 5_000, 40_000, 2**30])
 def test_slabs_and_threads_change_no_byte(threads, slab_weights, odd, undisturbed, tmp_path, monkeypatch):

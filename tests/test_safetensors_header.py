@@ -131,6 +131,7 @@ def test_hostile_names_stay_on_one_line(tmp_path):
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 1000
 
 
+@pytest.mark.slow
 @settings(max_examples=400, deadline=None)
 @given(st.data())
 def test_flipped_bytes_are_refused_or_harmless(tmp_path_factory, data):

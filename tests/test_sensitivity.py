@@ -32,6 +32,8 @@ from llmcompress.target import fused
 
 TYPES = ("Q2_K", "Q3_K", "Q4_K", "Q6_K", "Q8_0", "IQ3_XXS")
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def sample(root: Path) -> Path:
@@ -155,13 +157,11 @@ def test_sizes_are_met_from_below_and_errors_fall(sample: Path, hessian: Path, f
     assert errors[-1] < 0.05 * errors[0]
 
 
-@pytest.mark.slow
 def test_sizes_are_met_within_half_a_percent(sample: Path, hessian: Path, full: Path) -> None:
     for size in range(2_000_000, 6_000_000, 230_000):
         assert 0.995 * size <= targeted(sample, full, hessian, target_size=size).outputs[0].size <= size
 
 
-@pytest.mark.slow
 def test_swaps_are_kept_where_the_measured_divergence_falls(
     sample: Path, hessian: Path, full: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -57,6 +57,7 @@ def hessian_of(model: Path, folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama-tied", "gpt2", "qwen3moe"])
 def test_the_second_block_is_calibrated_on_what_the_quantized_first_puts_out(
     name: str, tiny: Tiny, tmp_path: Path
@@ -79,6 +80,7 @@ def test_the_second_block_is_calibrated_on_what_the_quantized_first_puts_out(
     assert len(changed) >= 4 and {"blk.1.ffn_down.weight", "blk.1.ffn_down_exps.weight"} & set(changed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"split_max_size": "300kB"}], ids=str)
 def test_gptq_checkpoints_too(options: dict, tiny: Tiny, tmp_path: Path) -> None:
     model, calibrated = tiny("llama"), {"data": ["prose"], "tokens": TOKENS, "calibrate": True}
@@ -103,6 +105,7 @@ def codes_of(folder: Path) -> dict[str, np.ndarray]:
         return {name: checkpoint.read(name) for name in checkpoint.index if "_proj" in name}
 
 
+@pytest.mark.slow
 def test_a_killed_job_goes_on_at_its_block(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -204,6 +204,7 @@ def test_values_that_decode_to_nothing(part, values, message, gptq: Path, tmp_pa
         llmcompress.quantize(folder, tmp_path / "out.gguf", type="Q8_0")
 
 
+@pytest.mark.slow
 def test_reading_holds_no_more_than_a_slab_beside_the_result(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path / "model", Llama(layers=1, hidden=2048, feed_forward=8192, heads=16))
     llmcompress.quantize(folder, tmp_path / "gptq", format="gptq", bits=4, group_size=64)

@@ -73,6 +73,7 @@ def test_fewer_experts_are_the_whole_model_that_never_chooses_the_others(
     check(tiny(name), root, tmp_path, monkeypatch)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_figures_are_those_of_plain_hooks(tiny: Tiny, root: Path, tmp_path: Path) -> None:
     """Of what goes into the experts of the first layer, and of each expert's own output."""

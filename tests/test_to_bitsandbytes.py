@@ -80,6 +80,7 @@ def test_four_bits_are_bitsandbytes_own_to_the_last_bit(
     assert any("14 linears have outputs that are no multiple of 32" in note for note in result.notes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("storage", ["bfloat16", "float16", "float32"])
 def test_codes_stored_as_other_types_are_bitsandbytes_own(storage: str, odd: Path, tmp_path: Path) -> None:
     """Compared as bytes: as numbers, some are NaN."""

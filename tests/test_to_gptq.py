@@ -127,6 +127,7 @@ def load_names(path: Path) -> list[str]:
         return list(tensors.keys())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options", [{}, {"desc_act": True}, {"bits": 3, "group_size": -1}, {"bits": 2, "sym": False}]
 )

@@ -265,6 +265,7 @@ def test_every_bundled_text_becomes_rows(tokenizer) -> None:
     assert [len(row) for row in rows.rows] == [512] * 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, start, end, divider",
     [

@@ -37,6 +37,7 @@ def test_the_sample_agrees_everywhere(sample: Path) -> None:
     assert report.added is None and report.tokenizer == sample / "tokenizer.json"
 
 
+@pytest.mark.slow
 def test_another_pre_tokenizer_is_seen_and_shown(sample: Path) -> None:
     file = written(sample, pre="gpt-2")
     tokenizer = hf_tokenizer(sample)
@@ -65,6 +66,7 @@ def test_what_is_put_before_a_text(sample: Path) -> None:
     assert added and len(added.llama_cpp) == len(added.tokenizer) + 1 == 2
 
 
+@pytest.mark.slow
 def test_a_sentencepiece_model_alone(shared: Path, tmp_path: Path) -> None:
     shutil.copy(shared / "tokenizers" / "llama-2" / "tokenizer.model", tmp_path)
     report = check_tokenizer(written(tmp_path, 32000), tmp_path)
@@ -81,6 +83,7 @@ def test_vocab_json_and_merges_are_read_by_transformers(shared: Path, tmp_path: 
     assert [kind.differ for kind in report.kinds] == [0, 0]
 
 
+@pytest.mark.slow
 def test_files_that_llama_cpp_refuses_or_ends_at(sample: Path, tmp_path: Path, monkeypatch) -> None:
     broken = tmp_path / "broken.gguf"
     broken.write_bytes(b"GGUF")

@@ -81,6 +81,7 @@ def places(value: object, path: tuple = ()) -> list[tuple]:
     return [path] * bool(path) + [place for key, inner in items for place in places(inner, (*path, key))]
 
 
+@pytest.mark.slow
 @given(data=st.data())
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_part_of_a_tokenizer_may_be_junk(tmp_path, data) -> None:

@@ -164,6 +164,7 @@ def test_the_pipeline_benchmark_runs_and_says_what_it_did_not(tmp_path: Path) ->
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_the_benchmark_of_number_formats_prints_a_row_for_each_weighing() -> None:
     done = run_tool("bench_grids.py", "--formats", "Q8_0", "q4_k", "--rows", "1", "--markdown")
     assert done.returncode == 0, done.stderr

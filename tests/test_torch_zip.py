@@ -274,6 +274,7 @@ def whole_file() -> bytes:
     return buffer.getvalue()
 
 
+@pytest.mark.slow
 @settings(max_examples=400, deadline=None)
 @given(st.data())
 def test_flipped_bytes_are_refused_or_harmless(tmp_path_factory, data):
