@@ -37,14 +37,19 @@ KEPT = {
     **dict.fromkeys(("qwen3next", "qwen35", "qwen35moe"), True),
 }
 
+UNWRITTEN = ("nemotron_h_moe",)  # a block of attention and one of experts, which llama.cpp joins to one
+
 
 def keep_mtp(architecture: Architecture, checkpoint: Checkpoint) -> Architecture:
     """The architecture with the checkpoint's layers of multi-token prediction as blocks behind the others, which
     `checkpoint.config` counts from then on. Raises PlanError where there are none, or llama.cpp has no graph for them."""
     if architecture.name not in KEPT:
-        raise PlanError(
-            f"--mtp keep: llama.cpp's {architecture.name} does not run such layers (known: {', '.join(KEPT)}); leave it out"
+        why = (
+            f"those of {architecture.name}, which llama.cpp runs, are not written yet"
+            if architecture.name in UNWRITTEN
+            else f"llama.cpp's {architecture.name} does not run such layers"
         )
+        raise PlanError(f"--mtp keep: {why} (known: {', '.join(KEPT)}); leave it out")
     config = architecture.config(checkpoint.config)
     count = config.need("num_hidden_layers")
     architecture = replace(

@@ -10,6 +10,8 @@ import torch
 from llama_cpp import Model
 from llmcompress.converters.config import KEPT_MTP
 from llmcompress.converters.deepseek import DEEPSEEK3
+from llmcompress.converters.families import ARCHITECTURES
+from llmcompress.converters.mtp import keep_mtp
 from llmcompress.converters.to_gguf import plan_gguf
 from safetensors.torch import load_file, save_file
 from tiny_families import MORE
@@ -122,6 +124,11 @@ def test_kept_layers_are_there_and_change_nothing_before_them(name: str, root: P
 def test_what_cannot_be_kept_is_refused(root: Path, tmp_path: Path, tiny) -> None:
     with pytest.raises(PlanError, match="llama.cpp's llama does not run such layers .known: glm4moe"):
         plan_gguf(tiny("llama"), tmp_path / "x.gguf", Recipe(mtp="keep"))
+    with pytest.raises(PlanError, match="nemotron_h_moe, which llama.cpp runs, are not written yet"):
+        plan_gguf(tiny("nemotron-h-moe"), tmp_path / "x.gguf", Recipe(mtp="keep"))
+    for name in ("bailingmoe2", "ernie4_5-moe", "nemotron_h"):
+        with pytest.raises(PlanError, match="llama.cpp's .* does not run such layers"):
+            keep_mtp(next(table for table in ARCHITECTURES if table.name == name), None)
     with pytest.raises(RecipeError, match="mtp: 'kep' is none of drop, keep.*did you mean 'keep'"):
         Recipe(mtp="kep")
 
