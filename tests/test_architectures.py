@@ -25,7 +25,7 @@ ONE_OF_EACH = (
 TOKENS = 256  # far enough for sliding windows of 16 and the long-context scalings to show
 TEXT = (
     "Once upon a time there was a little girl. She said: 'Prince Andrew, what is 12 + 30?' def f(x): return x * 2\n"
-    * 4
+    * 7
 )
 
 
@@ -50,9 +50,9 @@ def expected(folder: Path, ids: list[int]) -> np.ndarray:
 
 
 def ids_of(folder: Path) -> list[int]:
-    return transformers.AutoTokenizer.from_pretrained(folder)(TEXT, add_special_tokens=False)["input_ids"][
-        :TOKENS
-    ]
+    ids = transformers.AutoTokenizer.from_pretrained(folder)(TEXT, add_special_tokens=False)["input_ids"]
+    assert len(ids) >= TOKENS
+    return ids[:TOKENS]
 
 
 def assert_same_logits(found: np.ndarray, wanted: np.ndarray, share: float) -> None:
