@@ -145,9 +145,8 @@ def test_it_is_the_gguf_of_the_model_without_them(
     with Model(tmp_path / "found.gguf") as ours, Model(wanted) as theirs:
         logits = ours.logits(ids)
         assert np.array_equal(logits, theirs.logits(ids))
-    assert_same_logits(
-        logits, expected(smaller, ids), 2e-3 if name == "gemma4" else 1e-3
-    )  # there it is 1.04e-3
+    # llama.cpp looks GELU up in a table of halves: 2.2e-3 in these layers, 0.7e-3 where transformers rounds alike
+    assert_same_logits(logits, expected(smaller, ids), 3e-3 if name == "gemma4" else 1e-3)
 
 
 @pytest.fixture(scope="module")
