@@ -59,6 +59,18 @@ def test_groups_go_one_after_the_other_by_what_least_squares_leaves(group: int) 
         assert width.kept_by_reconstruction(weights, products, group, count).tolist() == left
 
 
+def test_heads_of_a_large_model_on_two_threads() -> None:
+    """torch's LU of several such matrices fails there."""
+    weights, _, products = problem(outputs=4, inputs=5 * 512, rows=64)
+    weights[:, 512:1024] *= 1e-3
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        assert width.kept_by_reconstruction(weights, products, 512, 1).tolist() == [0, 2, 3, 4]
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_what_stays_makes_up_for_what_is_gone_as_least_squares_would() -> None:
     weights, x, products = problem()
     kept = torch.tensor([0, 2, 3, 7])

@@ -9,8 +9,8 @@ table: perplexity on held-out text of the dense model and of what `prune` makes 
     of dividing half of the weights up: over the whole model, by the rows' scores, by the blocks' outliers (OWL).
 joint: mean KL divergence of a Q3_K file whose weights were pruned and rounded in one sweep, and of those that were pruned
     first and quantized after, on the same tokens.
-memory: peak of pruning a large bf16 checkpoint by wanda and by sparsegpt, its sweep alone (the rest would take two cores
-    hours), above the interpreter with its libraries.
+memory: peak of pruning a large bf16 checkpoint by wanda, by sparsegpt's sweep alone (the rest would take two cores
+    hours), by dropping layers and by width, above the interpreter with its libraries.
 
 Prints the rows of each part, with bars and whether they are met.
 """
@@ -170,20 +170,38 @@ def bar(subject: Subject, what: str, measured: float, most: float) -> None:
 
 def memory(model: Path, tokens: str, layers: int, work: Path) -> None:
     """Print the peak of a run of each method that looks at inputs, with the bar of calibration."""
-    out, others = work / "pruned", rf"layers\.(?!({'|'.join(map(str, range(layers)))})\.)"
+    others = rf"layers\.(?!({'|'.join(map(str, range(layers)))})\.)"
+    ways = (
+        ["wanda"],
+        ["sparsegpt", "--effort", "fast", *(["--keep", others] if layers else [])],
+        ["layers", "--drop", "2", "--by", "influence"],
+        ["width", "--ratio", "0.25"],
+    )
     libraries = measure([sys.executable, "-c", IMPORTS])
     print(
         "| checkpoint | method | tokens | s | CPU s | peak above the libraries | without pages of files | bar | |\n"
         "|---|---|---:|---:|---:|---:|---:|---:|---|"
     )
-    for method in (["wanda"], ["sparsegpt", "--effort", "fast", *(["--keep", others] if layers else [])]):
-        command = [sys.executable, "-m", "llmcompress", "prune", model, "-o", out, "--method", *method]
-        cost = measure([*command, "--tokens", tokens])
+    for way in ways:
+        out = work / way[0]
+        command = [
+            sys.executable,
+            "-m",
+            "llmcompress",
+            "prune",
+            model,
+            "-o",
+            out,
+            "--tokens",
+            tokens,
+            "--method",
+        ]
+        cost = measure([*command, *way])
         shutil.rmtree(out)  # as large as the checkpoint
         above, own = cost.peak - libraries.peak, cost.own - libraries.own
         verdict = "met" if above < MOST_MEMORY else "MISSED"
         print(
-            f"| {model.name}, bf16 | {' '.join(method)} | {tokens} | {cost.seconds:.0f} | {cost.cpu:.0f} | {format_size(above)} | "
+            f"| {model.name}, bf16 | {' '.join(way)} | {tokens} | {cost.seconds:.0f} | {cost.cpu:.0f} | {format_size(above)} | "
             f"{format_size(own)} | {format_size(MOST_MEMORY)} | {verdict} |",
             flush=True,
         )
@@ -198,9 +216,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--calibration", type=Path, default=CORPUS / "calibration.txt")
     parser.add_argument("--held-out", type=Path, default=CORPUS / "heldout.txt")
     parser.add_argument("--memory-size", default="3b", help="of the checkpoint for the memory")
-    parser.add_argument("--memory-tokens", default="8k")
+    parser.add_argument("--memory-tokens", default="2k")
     parser.add_argument(
-        "--memory-layers", type=int, default=0, help="sparsegpt prunes only so many; 0: all, which takes hours"
+        "--memory-layers",
+        type=int,
+        default=0,
+        help="sparsegpt prunes only so many; 0: all, which takes hours",
     )
     return parser.parse_args()
 

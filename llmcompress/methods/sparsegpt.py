@@ -55,7 +55,12 @@ def prune(
         errors = np.zeros_like(part)
         sweep(part, factor, gone, pattern.kept if pattern else 0, pattern.group if pattern else 0, errors)
         left[:, block] = part
-        left[:, block.stop :] -= product(errors, solver.factor[block, block.stop :])
+        behind = solver.factor[block, block.stop :]
+        for first in range(0, len(left), SETTLED):
+            rows = slice(first, first + SETTLED)
+            left[rows, block.stop :] -= product(errors[rows], behind)
+    if not ROUNDS[effort] and not EXCHANGES[effort]:
+        return left
     hessian, columns = solver.damped, weights.shape[1]
     for first in range(0, len(left), SETTLED):
         rows = slice(first, first + SETTLED)

@@ -38,7 +38,7 @@ def kept_by_reconstruction(
         chosen = scores.argsort(stable=True)[: min(at_once, count - gone)]
         left[chosen] = False
         inputs = (chosen[:, None] * group + torch.arange(group, device=chosen.device)).flatten()
-        share = torch.linalg.solve(inverse[inputs][:, inputs], inverse[inputs])
+        share = _solved(inverse[inputs][:, inputs], inverse[inputs])
         weights -= weights[:, inputs] @ share
         inverse -= inverse[:, inputs] @ share
         inverse[inputs], inverse[:, inputs] = 0, 0
@@ -53,10 +53,7 @@ def reconstructed(weights: torch.Tensor, products: torch.Tensor, kept: torch.Ten
     """
     hessian = damped(products)
     right = (weights.double() @ hessian[:, kept]).T
-    factor, failed = torch.linalg.cholesky_ex(hessian[kept][:, kept])
-    if failed:
-        raise RunError(f"the products of {len(kept)} inputs are not positive definite; give more --tokens")
-    return torch.cholesky_solve(right, factor).T.float()
+    return _solved(hessian[kept][:, kept], right).T.float()
 
 
 def _errors(weights: torch.Tensor, inverse: torch.Tensor, group: int) -> torch.Tensor:
@@ -65,7 +62,13 @@ def _errors(weights: torch.Tensor, inverse: torch.Tensor, group: int) -> torch.T
         return weights.square().sum(0) / inverse.diagonal()
     parts = weights.reshape(len(weights), -1, group).transpose(0, 1)  # (groups, outputs, group)
     blocks = torch.stack([inverse[at : at + group, at : at + group] for at in range(0, len(inverse), group)])
-    return (torch.linalg.solve(blocks, parts.transpose(1, 2)) * parts.transpose(1, 2)).sum((1, 2))
+    return (_solved(blocks, parts.transpose(1, 2)) * parts.transpose(1, 2)).sum((1, 2))
+
+
+def _solved(positive: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """positive⁻¹ right, of positive definite matrices. By Cholesky: torch's LU of several matrices from about 512 columns on
+    fails on two threads with MKL ("Pivots given to lu_solve must all be greater or equal to 1"). Raises RunError."""
+    return torch.cholesky_solve(right, _root(positive))
 
 
 def damped(products: torch.Tensor) -> torch.Tensor:
@@ -78,7 +81,14 @@ def damped(products: torch.Tensor) -> torch.Tensor:
 
 
 def _inverse(hessian: torch.Tensor) -> torch.Tensor:
-    factor, failed = torch.linalg.cholesky_ex(hessian)
-    if failed:
-        raise RunError(f"the products of {len(hessian)} inputs are not positive definite; give more --tokens")
-    return torch.cholesky_inverse(factor)
+    return torch.cholesky_inverse(_root(hessian))
+
+
+def _root(positive: torch.Tensor) -> torch.Tensor:
+    """Cholesky's factor of each."""
+    factor, failed = torch.linalg.cholesky_ex(positive)
+    if failed.any():
+        raise RunError(
+            f"the products of {positive.shape[-1]} inputs are not positive definite; give more --tokens"
+        )
+    return factor
