@@ -217,12 +217,14 @@ def _stages(plan: PruningPlan, files: Files) -> Iterator[Sequence[Work]]:
     plan.checkpoint.files_made = files
     plan.model.start()
     for block in range(plan.model.blocks):
-        own = [at for at in every if plan.matrices[at].block == block]
+        own, inputs = [at for at in every if plan.matrices[at].block == block], None
         works = [_work(plan, at, None) for at in own]
         if any(files.kept(work) is None for work in works):
             inputs = plan.model.inputs(block)
             works = [_work(plan, at, inputs) for at in own]
         yield works
+        if inputs:
+            inputs.release()
         plan.checkpoint.rewritten |= {plan.matrices[at].tensor.name for at in own}
         if block + 1 < plan.model.blocks:
             plan.model.go_on(block)

@@ -117,6 +117,10 @@ class BlockInputs:
                 self._solvers[key] = Solver.of(sums.products[at].cpu().numpy())
             return self._solvers[key]
 
+    def release(self) -> None:
+        """Free the sums and solvers, before those of the next block take as much."""
+        self._sums, self._solvers = {}, {}
+
     def _of(self, tensor: str, matrix: int) -> tuple[InputSums | None, int]:
         target = self._targets[tensor]
         return self._sums.get(target.parameter), target.matrix + matrix
