@@ -28,7 +28,7 @@ def kept_by_reconstruction(
     weights: torch.Tensor, products: torch.Tensor, group: int, count: int
 ) -> torch.Tensor:
     """As `kept_by_norm`, by what cannot be made up for."""
-    weights, inverse = weights.double(), _inverse(damped(products))
+    weights, inverse = weights.double(), torch.cholesky_inverse(_root(damped(products)))
     groups = weights.shape[1] // group
     left = torch.ones(groups, dtype=torch.bool, device=weights.device)
     at_once = -(-count // ROUNDS)
@@ -73,15 +73,12 @@ def _solved(positive: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
 
 def damped(products: torch.Tensor) -> torch.Tensor:
     """XᵀX, float64, with a little on its diagonal. Raises RunError where it says nothing."""
-    hessian = products.double()
+    hessian = products.to(torch.float64, copy=True)
     mean = hessian.diagonal().mean()
     if not torch.isfinite(mean) or mean <= 0:
         raise RunError("its inputs were zeros, NaNs or infinities in all of the text; give other --data")
-    return hessian + DAMPING * mean * torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
-
-
-def _inverse(hessian: torch.Tensor) -> torch.Tensor:
-    return torch.cholesky_inverse(_root(hessian))
+    hessian.diagonal().add_(DAMPING * mean)
+    return hessian
 
 
 def _root(positive: torch.Tensor) -> torch.Tensor:
