@@ -179,7 +179,7 @@ def _model(checkpoint: Checkpoint, options: PruningOptions) -> SequentialInputs:
         data=options.data, tokens=options.tokens, chunk=options.chunk, seed=options.seed, device=options.device,
         dtype=options.dtype, hidden_ram=options.hidden_ram, batch_tokens=options.batch_tokens,
     )  # fmt: skip
-    return SequentialInputs(checkpoint, given, products=options.method == "sparsegpt")
+    return SequentialInputs(checkpoint, given, products=options.of_products)
 
 
 def _check_groups(matrices: Sequence[Matrix], options: PruningOptions) -> None:
@@ -198,7 +198,7 @@ def _workers(matrices: Sequence[Matrix], options: PruningOptions, live: Sequenti
         return workers
     largest = BYTES_PER_WEIGHT * max(matrix.weights for matrix in matrices)
     fixed = FIXED_RAM + (live.ram if live else 0)
-    if options.method == "sparsegpt":
+    if options.of_products:
         fixed += BYTES_OF_SOLVERS * max(matrix.inputs for matrix in matrices) ** 2
     if fixed + largest > options.max_ram:
         raise PlanError(
@@ -260,18 +260,20 @@ def _prune(
     """By what is known of the inputs: the pruned weights, which of FALLBACKS it took, and a CRC-32 of what was known."""
     matrix, share, group, fallback = plan.matrices[at], plan.shares[at], plan.options.group, 0
     known = matrix.tensor.name, matrix.number
-    squares = inputs.squares(*known)
+    squares, products = inputs.squares(*known), None
     if inputs.tokens(*known) < SHRINKAGE_TOKENS:
         squares, fallback = np.ones(weights.shape[1], np.float32), 1
-    elif plan.options.method == "sparsegpt":
+    elif plan.options.method == "wanda":
+        products = inputs.products(*known)
+    else:
         from llmcompress.methods import sparsegpt
 
         solver = inputs.solver(*known)
         if solver.factor is not None:
             return sparsegpt.prune(weights, solver, share, group, plan.options.effort), 0, zlib.crc32(squares)
         fallback = 2
-    weights[wanda.mask(weights, squares, share, group, plan.options.by_score)] = 0
-    return weights, fallback, zlib.crc32(squares)
+    left = wanda.prune(weights, squares, products, share, group, plan.options.effort, plan.options.by_score)
+    return left, fallback, zlib.crc32(squares)
 
 
 def _report(plan: PruningPlan, files: Files, started: float) -> PruningReport:

@@ -106,6 +106,11 @@ class BlockInputs:
         sums, at = self._of(tensor, matrix)
         return mean_squares(sums.tokens.numpy(), sums.squares.cpu().numpy())[at] if sums else None
 
+    def products(self, tensor: str, matrix: int) -> np.ndarray | None:
+        """XᵀX, float32 (inputs, inputs); None where none was asked for."""
+        sums, at = self._of(tensor, matrix)
+        return sums.products[at].cpu().numpy() if sums and sums.products is not None else None
+
     def solver(self, tensor: str, matrix: int) -> Solver:
         """What GPTQ and SparseGPT need, from XᵀX; computed once for all that share their inputs, the latest kept."""
         sums, at = self._of(tensor, matrix)
@@ -114,7 +119,7 @@ class BlockInputs:
             if key not in self._solvers:
                 while len(self._solvers) >= SOLVERS_KEPT:
                     del self._solvers[next(iter(self._solvers))]
-                self._solvers[key] = Solver.of(sums.products[at].cpu().numpy())
+                self._solvers[key] = Solver.of(self.products(tensor, matrix))
             return self._solvers[key]
 
     def release(self) -> None:

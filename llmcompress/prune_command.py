@@ -51,7 +51,7 @@ KNOWN_TO: dict[str, tuple[str, ...]] = {
     "parts": ("width",),
     "by": SMALLER,
     "by_score": ("wanda",),
-    "effort": ("sparsegpt",),
+    "effort": BY_INPUTS,
     **dict.fromkeys(("heal", "schedule", "max_loss", "patience", "heal_method", "heal_steps", "heal_lr"), ZEROS),
     **dict.fromkeys(("imatrix", "reference"), ("layers",)),
 }  # fmt: skip
@@ -99,7 +99,7 @@ def prune(
         typer.Option("--by", metavar="MEASURE", help="Layers: kl, loss, influence. Width: reconstruction, norm. Experts: reap, output, use.  [default: the first]"),
     ] = None,
     effort: Annotated[
-        str, typer.Option("--effort", metavar="EFFORT", help="Of letting what stays make up for what goes: fast, the paper's sweep; normal or best.")
+        str, typer.Option("--effort", metavar="EFFORT", help="Of letting what stays make up for what goes: fast, no more than the method's paper does; normal or best.")
     ] = "normal",
     imatrix: Annotated[
         Optional[str], typer.Option("--imatrix", metavar="FILE", help="Of a GGUF: its importance matrix, of which one for the result is made.")

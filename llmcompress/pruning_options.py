@@ -113,6 +113,11 @@ class PruningOptions:
             return self.group.sparsity
         return 0.5 if self.sparsity is None else self.sparsity
 
+    @property
+    def of_products(self) -> bool:
+        """Whether the method looks at XᵀX, not at its diagonal alone."""
+        return self.method == "sparsegpt" or self.method == "wanda" and self.effort != "fast"
+
     def share_of(self, name: str, usual: float) -> float:
         """The sparsity of a tensor: by the patterns, else the usual."""
         for pattern in self.keep:

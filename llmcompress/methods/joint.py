@@ -20,6 +20,7 @@ from llmcompress.grids.grid import Grid
 from llmcompress.methods import gptq, sparsegpt, wanda
 from llmcompress.methods.exact_zero import keeps_zeros, zero_code
 from llmcompress.methods.masks import Pattern, count_of, matching_pattern
+from llmcompress.methods.settling import ROUNDS
 from llmcompress.methods.solver import Solver, product
 
 # Of choosing again. e H e of Q3_K over that of the first choice, sample-llama-6m's q of block 1, o of 2, up of 3, down of 4:
@@ -88,7 +89,7 @@ def quantize(
     best = data.copy()
     least = _errors(weights - grid.dequantize(data), solver)
     for _ in range(CHOICES[effort]):
-        values, rounds = grid.dequantize(data), sparsegpt.ROUNDS[effort]
+        values, rounds = grid.dequantize(data), ROUNDS[effort]
         left = sparsegpt.rechosen(weights, values, solver.damped, rounds, group, zeros)
         data = gptq.quantize(left, grid, solver, effort, act_order, left == 0)
         found = _errors(weights - grid.dequantize(data), solver)

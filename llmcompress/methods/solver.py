@@ -54,14 +54,12 @@ class Solver:
     def ridge(self, share: float = RIDGE) -> np.float32:
         """That share of the mean of H's diagonal: a little of it on H, and no error becomes large that these inputs happen
         not to show."""
-        return np.float32(share * self.hessian.diagonal().mean())
+        return ridge(self.hessian, share)
 
     @functools.cached_property
     def damped(self) -> np.ndarray:
         """H with its ridge."""
-        damped = self.hessian.copy()
-        damped.flat[:: len(damped) + 1] += self.ridge()
-        return damped
+        return damped(self.hessian)
 
     @functools.cached_property
     def conditional(self) -> np.ndarray:
@@ -73,6 +71,17 @@ class Solver:
         """The columns in the order of their importance, the largest first, and the solver for them in that order."""
         order = np.argsort(-self.hessian.diagonal(), kind="stable")
         return order, Solver.of(self.hessian[np.ix_(order, order)])
+
+
+def ridge(hessian: np.ndarray, share: float = RIDGE) -> np.float32:
+    return np.float32(share * hessian.diagonal().mean())
+
+
+def damped(hessian: np.ndarray) -> np.ndarray:
+    """H with its ridge, float32 (columns, columns)."""
+    found = hessian.copy()
+    found.flat[:: len(found) + 1] += ridge(hessian)
+    return found
 
 
 def _factor(hessian: torch.Tensor) -> tuple[torch.Tensor | None, str]:

@@ -5,7 +5,7 @@ w² / U², U the factor's diagonal, and the columns behind it take up the error.
 a time, from the weights as the columns before left them: the cheapest of the block, or with a pattern of each group.
 
 There the paper ends. Columns behind a weight have made up for it, those before have not; so what stays then goes to its
-least squares, given what went, by conjugate gradients (see `settle`). And what went was chosen before all was known; so
+least squares, given what went (`settling.py`). And what went was chosen before all was known; so
 weights come back in place of others of their row while that lowers the error (see `exchange`), and it settles again.
 """
 
@@ -15,13 +15,10 @@ import numpy as np
 
 from llmcompress.grids.compiled import compiled
 from llmcompress.methods.masks import Pattern, choose, count_of, lowest
+from llmcompress.methods.settling import ROUNDS, SETTLED, settle
 from llmcompress.methods.solver import Solver, product
 
 WIDTH = 128  # columns of which the cheapest go, as in the paper
-SETTLED = 1024  # rows that go to their least squares at a time
-# e H e over that of Wanda at half of the weights, mean of sample-llama-6m's matrices, after 0, 2, 4, 8, 16 and 32 rounds:
-# 0.242, 0.165, 0.133, 0.114, 0.108, 0.107, which is what solving for each row gives.
-ROUNDS = {"fast": 0, "normal": 16, "best": 32}
 # Of exchanging and settling. e H e over that without, sample-llama-6m's q of block 1, o of 2, up of 3, down of 4: 0.77, 0.57,
 # 0.76, 0.93 after one, 0.72, 0.51, 0.74, 0.92 after two, 0.72, 0.49, 0.74, 0.92 after four.
 EXCHANGES = {"fast": 0, "normal": 2, "best": 4}
@@ -62,9 +59,7 @@ def prune(
     if not ROUNDS[effort] and not EXCHANGES[effort]:
         return left
     hessian, columns = solver.damped, weights.shape[1]
-    for first in range(0, len(left), SETTLED):
-        rows = slice(first, first + SETTLED)
-        left[rows] = settle(weights[rows], left[rows], hessian, ROUNDS[effort])
+    left = settle(weights, left, hessian, ROUNDS[effort])
     for _ in range(EXCHANGES[effort]):
         left = rechosen(
             weights, left, hessian, ROUNDS[effort], pattern.group if pattern else columns, columns
@@ -82,32 +77,6 @@ def rechosen(
         exchange(found[rows], product(weights[rows] - found[rows], hessian), hessian, group, zeros)
         found[rows] = settle(weights[rows], found[rows], hessian, rounds)
     return found
-
-
-def settle(weights: np.ndarray, pruned: np.ndarray, hessian: np.ndarray, rounds: int) -> np.ndarray:
-    """What is not zero of `pruned`, moved towards the least e H eᵀ of its row, e being the error beside `weights`.
-
-    Conjugate gradients over the weights that stay, H's diagonal as preconditioner, every row by itself.
-    """
-    stays, inverse = pruned != 0, 1 / hessian.diagonal()
-    found = pruned.copy()
-    residual = product(weights - pruned, hessian) * stays
-    direction = residual * inverse
-    square = (residual * direction).sum(1, keepdims=True)
-    for _ in range(rounds):
-        pulled = product(direction, hessian) * stays
-        length = _quotient(square, (direction * pulled).sum(1, keepdims=True))
-        found += length * direction
-        residual -= length * pulled
-        before, scaled = square, residual * inverse
-        square = (residual * scaled).sum(1, keepdims=True)
-        direction = scaled + _quotient(square, before) * direction
-    return found
-
-
-def _quotient(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Zeros where there is nothing left to do."""
-    return np.divide(a, b, out=np.zeros_like(a), where=b > 0)
 
 
 def blocks(columns: int, pattern: Pattern | None) -> list[slice]:

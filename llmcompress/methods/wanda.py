@@ -1,6 +1,7 @@
 """Wanda: of every output's weights go those with the smallest |weight| x norm of their input (Sun et al., arXiv:2306.11695).
 
-The norms are those of a calibration, the very numbers of an importance matrix; no weight that stays is changed.
+The norms are those of a calibration, the very numbers of an importance matrix. There the paper ends, and leaves what stays as
+it is. With XᵀX what stays of a row goes to its least squares, given what went (`settling.py`); the masks are the same.
 """
 
 from __future__ import annotations
@@ -8,8 +9,27 @@ from __future__ import annotations
 import numpy as np
 
 from llmcompress.methods.masks import Pattern, count_of, lowest, lowest_of_groups
+from llmcompress.methods.settling import ROUNDS, settle
+from llmcompress.methods.solver import damped
 
 ROWS = 256  # scored at a time
+
+
+def prune(
+    weights: np.ndarray,
+    squares: np.ndarray,
+    products: np.ndarray | None,
+    sparsity: float,
+    pattern: Pattern | None = None,
+    effort: str = "normal",
+    by_score: bool = False,
+) -> np.ndarray:
+    """float32 (rows, columns) with zeros where `mask` says. products: XᵀX, float32 (columns, columns), with which the others
+    make up for it; without, and with an effort of "fast", they stay as they are, as in the paper."""
+    left = np.where(mask(weights, squares, sparsity, pattern, by_score), np.float32(0), weights)
+    if products is None or not ROUNDS[effort] or not squares.any():
+        return left
+    return settle(weights, left, damped(products), ROUNDS[effort])
 
 
 def mask(
